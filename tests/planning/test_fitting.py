@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -154,6 +155,19 @@ def test_a_rate_can_be_measured_here() -> None:
     rate = measure_rate("cpu", torch.float32, features=32, seconds=0.02)
     assert all(value > 0 for value in rate.measured.values())
     assert "float32" in rate.source
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.4, None), (0.6, 0.6), (None, None)])
+def test_a_measured_rate_tells_the_load_of_a_busy_machine(
+    load: float | None, told: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_average() -> tuple[float, float, float]:
+        if load is None:
+            raise OSError("not known")
+        return load, 9.0, 9.0
+
+    monkeypatch.setattr(os, "getloadavg", load_average)
+    assert measure_rate("cpu", torch.float32, features=32, seconds=0.02).load == told
 
 
 def test_the_time_of_lean_blocks_is_that_of_the_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -67,6 +68,9 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         say(console, f"{told} ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64 keep fewer, and compile again.")
     if outcome.simulated is None:
         say(console, f"Time floor: {_time(outcome)}")
+    if outcome.rate is not None and outcome.rate.load is not None:
+        load = f"load {outcome.rate.load:.1f} on {os.cpu_count()} cores"
+        say(console, f"The machine was busy in the last minute ({load}): times are of what it left.")
     if outcome.simulated is not None:
         device = outcome.simulated.device
         usable, memory = format_bytes(device.usable), format_bytes(device.memory)
@@ -216,7 +220,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "flops_per_step": outcome.typical.flops,
         "bytes_to_unpack_weights_per_step": outcome.typical.dequantized,
         "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
-        "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source},
+        "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source, "load": rate.load},
         "seconds_per_step": outcome.seconds() if outcome.simulated is None else None,
     }
     if outcome.simulated is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from paca.pretrained.quantizing import quantized_linear, require_bitsandbytes
 from paca.quantized import quantization_of
 
 ROWS = (128, 512, 2048, 8192)
+BUSY = 0.5
+"""A machine with a load above this many cores is busy: what is measured on it is told with the load."""
 LARGEST_UNPACKED = 4096
 """Width of the weight that is unpacked to measure: beyond any cache, and quantized in a second."""
 
@@ -31,6 +35,8 @@ class MatmulRate:
     """Operations per second for each number of rows (tokens)."""
     source: str
     """Where the numbers are from, for people."""
+    load: float | None = None
+    """Of the CPU in the minute before it was measured, where the machine was busy."""
 
     def at(self, rows: int) -> float:
         """Operations per second at `rows` rows, between the measured points in proportion to the logarithm."""
@@ -64,6 +70,7 @@ def given_bandwidth(bytes_per_second: float) -> DequantizeRate:
 
 def measure_rate(device: str, dtype: torch.dtype, features: int, seconds: float = 1.0) -> MatmulRate:
     """Time `(rows, features) @ (features, features)` on `device` for some numbers of rows, `seconds` in all."""
+    load = _load() if device == "cpu" else None
     weight = torch.randn(features, features, dtype=dtype, device=device)
     rates = {}
     with fastest_products(weight.device, dtype):  # as a run makes them
@@ -72,7 +79,7 @@ def measure_rate(device: str, dtype: torch.dtype, features: int, seconds: float 
             taken = _shortest_time(lambda x=x: torch.matmul(x, weight), seconds / len(ROWS))  # type: ignore[misc]
             rates[rows] = 2 * rows * features**2 / taken
     how = ", products in float32" if faster_in_float32(weight.device, dtype) else ""
-    return MatmulRate(rates, f"measured on {_device_name(device)} in {str(dtype).removeprefix('torch.')}{how}")
+    return MatmulRate(rates, f"measured on {_device_name(device)} in {str(dtype).removeprefix('torch.')}{how}", load)
 
 
 def measure_dequantize_rate(
@@ -100,6 +107,13 @@ def measure_dequantize_rate(
             unpack(layer, dtype, positions)
         rate = memory.dequantized / _shortest_time(lambda: unpack(layer, dtype, positions), seconds)
     return DequantizeRate(rate, f"measured on {_device_name(device)} with {quantization}")
+
+
+def _load() -> float | None:
+    """Of the last minute, if it is above `BUSY`; None also where the system does not tell it, as Windows does not."""
+    with suppress(AttributeError, OSError):
+        return load if (load := os.getloadavg()[0]) > BUSY else None
+    return None
 
 
 def _device_name(device: str) -> str:

@@ -1,0 +1,33 @@
+"""What `paca plan` says of its numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from paca.cli import app
+from tiny_checkpoint import WIDE, save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_base(tmp_path_factory.mktemp("base"), num_hidden_layers=1, **WIDE))
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments, "--seq", "64"], terminal_width=200, catch_exceptions=False)
+    assert result.exit_code == 0
+    return " ".join(result.output.split())
+
+
+def test_times_of_a_busy_machine_are_told_with_its_load(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (4.24, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    busy = "The machine was busy in the last minute (load 4.2 on 2 cores): times are of what it left."
+    assert busy in plan(base, "--device", "cpu")
+    assert json.loads(plan(base, "--device", "cpu", "--json"))["rate"]["load"] == 4.24
+    for nothing_measured in (["--device", "cpu", "--rate", "1"], ["--on", "h100"]):
+        assert "busy" not in plan(base, *nothing_measured)
