@@ -31,3 +31,9 @@ def test_times_of_a_busy_machine_are_told_with_its_load(base: str, monkeypatch: 
     assert json.loads(plan(base, "--device", "cpu", "--json"))["rate"]["load"] == 4.24
     for nothing_measured in (["--device", "cpu", "--rate", "1"], ["--on", "h100"]):
         assert "busy" not in plan(base, *nothing_measured)
+
+
+def test_what_malloc_keeps_is_said_of_a_cpu_alone(base: str) -> None:
+    kept = "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed."
+    assert kept in plan(base, "--device", "cpu", "--rate", "1")
+    assert "malloc" not in plan(base, "--device", "cuda", "--rate", "1", "--memory", "8GiB", "--quantization", "none")

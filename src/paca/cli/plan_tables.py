@@ -61,6 +61,8 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         table.add_row("budget", format_bytes(budget))
     console.print(table)
     say(console, f"Kept from the forward pass for the backward pass: {format_bytes(result.activations)}.")
+    if setting.device == "cpu":
+        say(console, "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed.")
     from paca.planning.memory_estimate import PROGRAMS
 
     if PROGRAMS in result.parts:
