@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from paca.cli import app
+from paca.planning.memory_estimate import FRAMEWORK, PROGRAMS
+from paca.planning.step_trace import ACTIVATIONS, LOSS, ORIGINAL_COLUMNS, TEMPORARIES
 from tiny_checkpoint import WIDE, save_base
 
 
@@ -37,3 +40,19 @@ def test_what_malloc_keeps_is_said_of_a_cpu_alone(base: str) -> None:
     kept = "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed."
     assert kept in plan(base, "--device", "cpu", "--rate", "1")
     assert "malloc" not in plan(base, "--device", "cuda", "--rate", "1", "--memory", "8GiB", "--quantization", "none")
+
+
+def test_without_a_given_budget_it_is_what_is_free_here(base: str) -> None:
+    free = "budget (free on this machine) │"
+    assert free in plan(base, "--device", "cpu", "--rate", "1")
+    for given in (["--device", "cpu", "--rate", "1", "--memory", "8GiB", "--lean"], ["--on", "h100"]):
+        text = plan(base, *given)
+        assert "budget │" in text
+        assert free not in text
+
+
+def test_every_word_of_the_table_is_in_the_guide() -> None:
+    """Those that are not of a method or a task."""
+    page = (Path(__file__).parents[2] / "docs/guides/planning.md").read_text()
+    for word in (ORIGINAL_COLUMNS, ACTIVATIONS.removesuffix(": "), LOSS, TEMPORARIES, FRAMEWORK, PROGRAMS, "budget"):
+        assert f"- **{word}**: " in page

@@ -92,7 +92,7 @@ def test_parameters_are_those_of_the_real_model() -> None:
 def test_the_kept_columns_are_counted() -> None:
     result = planned()
     columns = result.trainable * 2  # per trained value the original, in the weight's dtype
-    assert columns <= result.parts["kept columns"] <= 1.1 * columns
+    assert columns <= result.parts["original columns"] <= 1.1 * columns
 
 
 def test_an_evaluation_with_a_large_batch_makes_the_peak() -> None:

@@ -64,7 +64,7 @@ def test_what_is_said_about_the_logits_is_what_happens(
     config = load_run_config(config_file, overrides)
     plan = describe(config)
     said = dict(plan.lines())["logits"]
-    assert said.startswith("of a whole batch at once" if whole else "tile by tile")
+    assert said.startswith("of a whole batch at once" if whole else "a part at a time")
     assert setting_of_run(plan.config, "cpu").chunked_loss is not whole
     train(config, console=Console(quiet=True))
     for positions, tokens in batches:

@@ -50,7 +50,7 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     from paca.planning.on_device import method_name
 
     method = method_name(target.adapter, setting)
-    table = Table(title=f"Peak memory of {method} ({result.moment})", title_justify="left")
+    table = Table(title=f"Peak memory of {method},\nreached in: {result.moment}", title_justify="left")
     table.add_column("part")
     table.add_column("memory", justify="right")
     for name, count in result.parts.items():
@@ -58,7 +58,8 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     table.add_section()
     table.add_row("total", format_bytes(result.total))
     if budget is not None:
-        table.add_row("budget", format_bytes(budget))
+        free = outcome.found is None and outcome.simulated is None
+        table.add_row("budget (free on this machine)" if free else "budget", format_bytes(budget))
     console.print(table)
     say(console, f"Kept from the forward pass for the backward pass: {format_bytes(result.activations)}.")
     if setting.device == "cpu":

@@ -35,9 +35,9 @@ from paca.planning.setting import Answering, Setting
 from paca.planning.step_trace import (
     ACTIVATIONS,
     GRADIENTS,
-    KEPT_COLUMNS,
     LOSS,
     OPTIMIZER,
+    ORIGINAL_COLUMNS,
     TEMPORARIES,
     TRAINABLE,
     WEIGHTS,
@@ -115,7 +115,7 @@ class _Simulation:
 
     def run(self) -> StepTrace:
         memory, setting = self.memory, self.setting
-        memory.region = KEPT_COLUMNS  # an adapted layer that gets its weight keeps the columns that it replaces
+        memory.region = ORIGINAL_COLUMNS  # an adapted layer that gets its weight keeps the columns that it replaces
         with memory:
             make_fake(self.model)
             if self.reference is not None:
@@ -204,10 +204,10 @@ class _Simulation:
 
     def _forward_and_backward(self, inputs: dict[str, Tensor]) -> Counter[str]:
         memory = self.memory
-        memory.begin_window("forward")
+        memory.begin_window("forward pass")
         loss = self._forward(inputs)
         held = memory.now()
-        memory.begin_window("backward, last block")
+        memory.begin_window("backward pass, last block")
         memory.phase = "backward"
         loss.backward()
         return Counter({name: count for name, count in held.items() if name.startswith(ACTIVATIONS) or name == LOSS})
@@ -235,7 +235,7 @@ class _Simulation:
     def _after_module(self, module: nn.Module, output: Any) -> None:
         memory = self.memory
         if module is self.before_last:
-            _when_gradient_arrives(output, lambda: memory.begin_window("backward, other blocks"))
+            _when_gradient_arrives(output, lambda: memory.begin_window("backward pass, other blocks"))
         if module is self.backbone:
             memory.region = LOSS
             _when_gradient_arrives(output, lambda: setattr(memory, "region", TEMPORARIES))

@@ -9,7 +9,7 @@ from typing import TypeVar
 from paca.planning.operators import Operator
 
 WEIGHTS = "weights"
-KEPT_COLUMNS = "kept columns"
+ORIGINAL_COLUMNS = "original columns"
 TRAINABLE = "trainable parameters"
 GRADIENTS = "gradients"
 OPTIMIZER = "optimizer state"

@@ -104,7 +104,7 @@ class Sft(TrainerKind):
         """How the logits are held."""
         if holds_all_logits(config.train):
             return [("logits", "of a whole batch at once, because of train.label_smoothing_factor")]
-        return [("logits", "tile by tile (TRL's fused output head), never of a whole batch at once")]
+        return [("logits", "a part at a time (TRL's fused output head), never of a whole batch at once")]
 
     def check_prepared(self, config: RunConfig, trainer: Any, data: RunData) -> tuple[int, int]:
         """Packed examples stay apart."""
