@@ -13,7 +13,7 @@ import torch
 import trl
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import paca
 from expert_models import mixtral
@@ -120,6 +120,13 @@ def _scored(_: Names) -> Names:
     }
 
 
+def _merged_classifier(_: Names) -> Names:
+    classifier = AutoModelForSequenceClassification.from_pretrained(LLAMA)
+    for saved in (classifier, AutoTokenizer.from_pretrained(LLAMA)):
+        saved.save_pretrained("merged/reviews")
+    return {}
+
+
 GIVEN: Mapping[str, Mapping[int, Callable[[Names], Names]]] = {
     "docs/method.md": {0: _method},
     "docs/guides/choosing.md": {0: lambda _: {"model": llama(), "batches": _batches()}, 1: _columns},
@@ -128,6 +135,7 @@ GIVEN: Mapping[str, Mapping[int, Callable[[Names], Names]]] = {
     "docs/guides/processes.md": {0: _one_process},
     "docs/guides/rotation.md": {0: _trainer, 1: _loop, 2: _kept},
     "docs/guides/serving.md": {0: lambda _: {"model": adapt(llama(), task_type="CAUSAL_LM")}},
+    "docs/guides/trainers.md": {0: _merged_classifier},
 }
 """By page and number of the block: names that are given before it, from those that are there."""
 
@@ -141,7 +149,8 @@ def _mixed_batches_are_right(names: Names) -> None:
             assert torch.equal(model(input_ids=ids).logits[2], names["logits"][2])
 
 
-def _all_trained(_: Names) -> None:
+def _all_trained(names: Names) -> None:
+    assert {one["label"] for one in names["label"](["a", "b"])} <= {"LABEL_0", "LABEL_1"}
     assert {folder.name for folder in Path("runs").iterdir()} == {"sft", "dpo", "reward"}
 
 

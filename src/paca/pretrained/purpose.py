@@ -105,8 +105,10 @@ def check_answers(path: str | Path) -> None:
     found = classifier_in(path)
     if found is None:
         return
-    what = "a reward model" if found.labels == ["reward"] else f"a classifier of {found.of}"
+    what, loaded = f"a classifier of {found.of}", f'pipeline("{found.pipeline_tag}", FOLDER), to label new {found.of}'
+    if found.labels == ["reward"]:
+        what, loaded = "a reward model", f"{found.auto_class}.from_pretrained"
     raise PacaError(
         f"{path} is {what} (labels: {listed(found.labels)}), which writes no text. `paca merge` makes it a plain "
-        f"checkpoint, which transformers loads by {found.auto_class}.from_pretrained."
+        f"checkpoint, which transformers loads by {loaded}."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    pipeline,
 )
 from typer.testing import CliRunner
 
@@ -134,6 +136,33 @@ def test_a_classifier_says_what_it_is_and_merges(
         load_for_generation(tmp_path / "merged")
     if name.startswith("image"):
         AutoImageProcessor.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("reward", "AutoModelForSequenceClassification.from_pretrained."),
+        ("classification", 'pipeline("text-classification", FOLDER), to label new texts.'),
+        ("image_classification", 'pipeline("image-classification", FOLDER), to label new images.'),
+    ],
+)
+def test_who_asks_a_classifier_is_told_how_it_is_used(finished: Finished, name: str, how: str) -> None:
+    with pytest.raises(PacaError, match=re.escape(f"transformers loads by {how}")):
+        load_for_generation(finished(name).folder)
+
+
+def test_transformers_pipeline_gives_a_merged_classifiers_labels(finished: Finished, tmp_path: Path) -> None:
+    """As the guide has it: texts are cut as in the run, and the labels are the run's own for them."""
+    folder, texts = finished("classification").folder, ["the cat sat", "a stone", "dog " * 40]
+    merge_to_folder(folder, tmp_path / "merged")
+    label = pipeline("text-classification", str(tmp_path / "merged"), truncation=True, max_length=24, device="cpu")
+    loaded = load_saved(folder)
+    for text, found in zip(texts, label(texts), strict=True):
+        ids = loaded.tokenizer(text, truncation=True, max_length=24, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = loaded.model(input_ids=ids).logits.softmax(-1)[0]
+        assert found["label"] == classifier_in(folder).labels[int(expected.argmax())]
+        assert found["score"] == pytest.approx(float(expected.max()), rel=1e-4)
 
 
 def test_the_trained_head_is_what_the_saved_adapter_brings(finished: Finished) -> None:
