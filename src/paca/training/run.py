@@ -195,7 +195,8 @@ class _Run:
             self.log = MetricsLog(folder.metrics)
             if checkpoint is not None:
                 self.log.rewind(steps_done(checkpoint))
-            self.recorder = RecordMetrics(self.log, self.trainer.args.device)
+            untold = None if self.kind.scored_before else self.kind.score
+            self.recorder = RecordMetrics(self.log, self.trainer.args.device, untold)
             self.progress = ShowProgress(console, self.log, self.recorder, self.kind.counts, self.kind.score)
             self.trackers = Trackers(self.trainer, folder, self.log, checkpoint)
             for callback in (self.recorder, self.progress, self.trackers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -97,6 +98,19 @@ def test_what_the_trainer_logs_is_in_the_summary_and_drawn_in_the_report(
         assert f'aria-label="{metric.removeprefix("eval_")} over steps"' in page
     assert "loss (nats per token)" not in page
     assert TRAINERS[name].score in summary["scores"]["after"]
+
+
+def test_an_accuracy_of_ties_is_left_out_before_training(workspace: Path, tmp_path: Path) -> None:
+    """Of DPO: the adapter does nothing yet, so all pairs are ties. What it shows would read as all wrong."""
+    shown = io.StringIO()
+    config = load_run_config(workspace / "dpo.yaml", [f"output.dir={tmp_path / 'run'}", "train.max_steps=1"])
+    result = train(config, console=Console(file=shown, width=200))
+    before, after = (row for row in rows(result.folder) if "eval_loss" in row)
+    assert "eval_rewards/accuracies" not in before
+    assert before["eval_rewards/margins"] == 0.0
+    said = f"held-out loss {after['eval_loss']:.4f}, rewards/accuracies {after['eval_rewards/accuracies']:.4f}"
+    assert f"step 1: {said}\n" in shown.getvalue()
+    assert f"step 0: held-out loss {before['eval_loss']:.4f}\n" in shown.getvalue()
 
 
 def originals_of(folder: Path) -> dict[str, torch.Tensor]:

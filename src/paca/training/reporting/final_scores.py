@@ -56,7 +56,6 @@ def scores_by_trainer(kind: TrainerKind, log: MetricsLog, trainer: Any, step: in
     """What `trainer` measured itself, before training and at `step`; None where it did not."""
     assert kind.score is not None
     before, after = (log.eval_metric_at(at, kind.score) for at in (0, step))
-    before = before if kind.scored_before else None
     return trainers_scores(kind.score, len(trainer.eval_dataset), before, after, kind.right(trainer, step)) or None
 
 

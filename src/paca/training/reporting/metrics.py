@@ -111,9 +111,15 @@ class RecordMetrics(TrainerCallback):
     and logging stand outside it.
     """
 
-    def __init__(self, log: MetricsLog, device: torch.device) -> None:
+    def __init__(self, log: MetricsLog, device: torch.device, untold_before: str | None = None) -> None:
+        """Args:
+        log: What it writes.
+        device: Whose memory it measures.
+        untold_before: A metric of evaluations that is left out before training, where it tells nothing.
+        """
         self.log = log
         self.device = device
+        self.untold_before = untold_before
         last = log.last_training_row() or {}
         self.train_seconds: float = last.get("train_seconds", 0.0)
         self.peak_memory_bytes: int = last.get("peak_memory_bytes", 0)
@@ -159,6 +165,8 @@ class RecordMetrics(TrainerCallback):
         elif "eval_loss" in logs:
             row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
             row |= _metrics_of(logs)
+            if state.global_step == 0:
+                row.pop(f"eval_{self.untold_before}", None)
             row["eval_seconds"] = logs.get("eval_runtime")
             row["seconds"] = round(self.seconds, 3)
             self.log.append(row)

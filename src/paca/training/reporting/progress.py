@@ -110,7 +110,7 @@ class ShowProgress(TrainerCallback):
         self._evaluated = 0
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
-            value = (metrics or {}).get(f"eval_{self.score}")
+            value = None if self.score is None else self.log.eval_metric_at(state.global_step, self.score)
             besides = "" if value is None else f", {self.score} {value:.4f}"
             say(self.console, f"step {state.global_step}: held-out loss {loss:.4f}{besides}")
 

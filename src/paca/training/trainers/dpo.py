@@ -40,7 +40,7 @@ class Dpo(TrainerKind):
     rate_of_weights = RATE_OF_WEIGHTS / 10
     lora_rate_of_weights = LORA_RATE_OF_WEIGHTS / 10
     score = "rewards/accuracies"
-    scored_before = False  # the reference itself prefers neither
+    scored_before = False  # the reference itself prefers neither: ties, of which TRL's accuracy counts none as right
 
     def read(self, config: RunConfig) -> RunData:
         """Pairs: `prompt`, `chosen` and `rejected`."""
