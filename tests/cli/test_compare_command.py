@@ -82,19 +82,25 @@ def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
 
 ONE_METHOD = "There is one method, paca, and nothing to compare it with: what comes out is its best rate and its score."
 ONE_SEED = "One seed shows no difference, as chance is seen between seeds: name three, such as --seeds 0,1,2."
+FEW_EXAMPLES = "There are 8 held-out examples: so few tell little of others, and the verdict speaks of these alone."
 FEW_STEPS = "The runs have 10 steps at most: so few tell little of a longer training."
 
 
 @pytest.mark.parametrize(
     ("methods", "seeds", "told"),
-    [("paca", "0,1", {ONE_METHOD}), ("paca,lora", "3", {ONE_SEED, FEW_STEPS}), ("paca,lora", "0,1", {FEW_STEPS})],
+    [
+        ("paca", "0,1", {ONE_METHOD}),
+        ("paca,lora", "3", {ONE_SEED, FEW_STEPS, FEW_EXAMPLES}),
+        ("paca,lora", "0,1", {FEW_STEPS, FEW_EXAMPLES}),
+    ],
 )
 def test_why_there_can_be_no_verdict_is_said_before_anything_is_trained(
     workspace: Path, methods: str, seeds: str, told: set[str]
 ) -> None:
     command = ("compare", "config.yaml", "--methods", methods, "--seeds", seeds, "--lr", "1e-2", "--output", "alone")
     done = forked_paca(*command, "--dry-run", cwd=workspace)
-    assert {line for line in (ONE_METHOD, ONE_SEED, FEW_STEPS) if line in done.stdout} == told, done.stderr
+    known = (ONE_METHOD, ONE_SEED, FEW_STEPS, FEW_EXAMPLES)
+    assert {line for line in known if line in done.stdout} == told, done.stderr
     assert done.returncode == 0
 
 
@@ -142,14 +148,15 @@ def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
     done = forked_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
-    head, paca, lora, few, data, rates, work, disk = done.stdout.splitlines()
+    head, paca, lora, few, few_examples, data, rates, work, disk = done.stdout.splitlines()
     assert head.split()[:3] == ["method", "settings", "trained"]
     assert "r 4, paca_alpha 16" in paca
     assert "1,920" in paca
     assert "r 2, lora_alpha 4, target_modules all-linear, autocast_adapter_dtype false" in lora
     assert "1,952 (1.02 ×)" in lora
-    assert few == FEW_STEPS
+    assert [few, few_examples] == [FEW_STEPS, FEW_EXAMPLES]
     assert data.startswith("data: ")  # and whether held-out examples are trained on
+    assert data.endswith("; held out: 8")
     assert rates == "rates 0.01, 0.03; seeds 0, 1"
     assert work == "6 runs, 60 steps in all"
     assert disk.startswith("disk space: about ")

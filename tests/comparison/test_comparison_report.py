@@ -133,6 +133,36 @@ def test_runs_of_few_steps_are_said_to_tell_little_wherever_the_verdict_is(
         assert ("The runs have 99 steps at most: so few tell little of a longer training." in shown) == told
 
 
+@pytest.mark.parametrize(
+    ("counts", "judged", "few"),
+    [
+        ((3, 3), "Judged by loss on 3 held-out examples.", "There are 3 held-out examples: so few tell little of"),
+        ((1, 1), "Judged by loss on 1 held-out example.", "There is 1 held-out example: so few tell little of"),
+        ((29, 1200), "Judged by loss on 29 or 1,200 held-out examples.", "There are 29 held-out examples: so few"),
+        ((30, 30), "Judged by loss on 30 held-out examples.", None),
+        ((None, None), None, None),  # of old rows
+    ],
+)
+def test_how_many_examples_were_judged_is_said_wherever_the_verdict_is(
+    counts: tuple[int | None, int | None],
+    judged: str | None,
+    few: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = result({"paca": {0: 1.0, 1: 1.1, 2: None}, "lora": {0: 2.0, 1: 2.2}})
+    for method, count in zip(found.methods, counts, strict=True):
+        for row in method.rows:
+            row["eval_examples"] = count
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    show_result(found, tmp_path, Console(width=200))
+    written = (tmp_path / "report" / "comparison.json").read_text()
+    for shown in (page, text, written, capsys.readouterr().out):
+        assert re.findall(r"Judged by [^.]*\.", shown) == ([] if judged is None else [judged])
+        assert shown.count("so few tell little of others, and the verdict speaks of these alone.") == (few is not None)
+        assert few is None or few in shown
+
+
 def test_the_difference_of_shares_is_said_to_count_examples() -> None:
     heads, cells = (
         ["method", "rate", "seeds", "choice", "paca minus it"],

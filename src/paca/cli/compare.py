@@ -117,7 +117,7 @@ def _train(
     from datasets import disable_progress_bars
 
     from paca.comparison.compare import compare
-    from paca.comparison.plan_table import disk_text, no_verdict_text, rates_text, table_of, work_text
+    from paca.comparison.plan_table import data_text, disk_text, no_verdict_text, rates_text, table_of, work_text
     from paca.comparison.prepare import prepare
     from paca.training.products import tell_of_products
 
@@ -134,7 +134,7 @@ def _train(
     console.print(table_of(planned))
     for line in no_verdict_text(planned, len(numbers)):
         say(console, line, style="yellow")
-    say(console, f"data: {planned[0].plan.data.train.description}")
+    say(console, data_text(planned))
     grids = comparison.grids()
     which = f"the one seed {numbers[0]}" if len(numbers) == 1 else f"seeds {', '.join(map(str, numbers))}"
     say(console, f"{rates_text(grids, extend=extend)}; {which}")
@@ -180,7 +180,9 @@ def show_result(result: ComparisonResult, output: Path, console: Console) -> Non
         table.add_row(*row[:8])
     console.print(table)
     say(console, f"\n{result.verdict}", style="bold")
-    for line in result.few_steps:
+    for line in result.judged_by:
+        say(console, line)
+    for line in result.too_few:
         say(console, line, style="yellow")
     for line in [*result.cost, *note_on_intervals(whole)]:
         say(console, line)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from paca.comparison.equal import CameOut
 from paca.comparison.methods import Method
-from paca.comparison.results import few_steps_text
+from paca.comparison.results import few_examples_text, few_steps_text
 from paca.messages.units import format_bytes, format_duration
 from paca.training.plan import Plan
 
@@ -66,7 +66,19 @@ def no_verdict_text(planned: Sequence[PlannedMethod], seeds: int) -> list[str]:
     if seeds == 1:
         told.append("One seed shows no difference, as chance is seen between seeds: name three, such as --seeds 0,1,2.")
     steps = [one.plan.steps for one in planned if one.plan.steps is not None]
-    return told + few_steps_text(max(steps)) if len(steps) == len(planned) else told
+    if len(steps) == len(planned):
+        told += few_steps_text(max(steps))
+    return told + few_examples_text(_eval_examples(planned))
+
+
+def data_text(planned: Sequence[PlannedMethod]) -> str:
+    """What is trained on, and how many examples the methods are judged by, on one line."""
+    counts = " or ".join(f"{count:,}" for count in _eval_examples(planned))
+    return f"data: {planned[0].plan.data.train.description}; held out: {counts}"
+
+
+def _eval_examples(planned: Sequence[PlannedMethod]) -> list[int]:
+    return sorted({count for one in planned if (count := one.plan.eval_examples) is not None})
 
 
 def rates_text(grids: Mapping[str, Sequence[float]], *, extend: bool) -> str:

@@ -123,7 +123,7 @@ def _markdown(title: str, result: ComparisonResult) -> str:
 
 
 def _told(result: ComparisonResult, table: Table) -> list[str]:
-    return [*result.few_steps, *result.cost, *result.notes, *note_on_intervals(table)]
+    return [*result.judged_by, *result.too_few, *result.cost, *result.notes, *note_on_intervals(table)]
 
 
 def _markdown_table(table: Table) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ _STEADY = 1.5
 """Where equal work takes up to so many times as long, a machine is idle enough for its times to be quoted alone."""
 _FEW_STEPS = 100
 """Fewer than so many steps are a quick try, for which higher rates are the best than for a longer training."""
+_FEW_EXAMPLES = 30
+"""A mean over fewer held-out examples than that moves by far with a few others."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,25 @@ class ComparisonResult:
         return sentences
 
     @property
-    def few_steps(self) -> list[str]:
-        """A sentence on runs that are too short to tell of longer ones, where the longest of them is."""
-        return few_steps_text(max((row["steps"] or 0 for method in self.methods for row in method.rows), default=0))
+    def eval_examples(self) -> list[int]:
+        """How many held-out examples a run was judged by, least first: one number, unless runs can't be compared."""
+        counts = {row.get("eval_examples") for method in self.methods for row in method.rows}
+        return sorted(count for count in counts if count)
+
+    @property
+    def judged_by(self) -> list[str]:
+        """A sentence on that, where it is known."""
+        counts = self.eval_examples
+        if not counts:
+            return []
+        shown = " or ".join(f"{count:,}" for count in counts)
+        return [f"Judged by {self.metric} on {shown} held-out example{'s' * (counts[-1] > 1)}."]
+
+    @property
+    def too_few(self) -> list[str]:
+        """Sentences on runs too short to tell of longer ones, where the longest is, and on too few examples."""
+        steps = max((row["steps"] or 0 for method in self.methods for row in method.rows), default=0)
+        return few_steps_text(steps) + few_examples_text(self.eval_examples)
 
     def as_dict(self) -> dict[str, Any]:
         """For `comparison.json`."""
@@ -120,7 +138,7 @@ class ComparisonResult:
             "contrasts": [
                 {**contrast.as_dict(), "rates_open": self._open_rates(contrast)} for contrast in self.contrasts
             ],
-            "notes": [*self.few_steps, *self.notes],
+            "notes": [*self.judged_by, *self.too_few, *self.notes],
         }
 
     def _open_rates(self, contrast: Contrast) -> list[str]:
@@ -142,3 +160,12 @@ def few_steps_text(most: int) -> list[str]:
     if not 0 < most < _FEW_STEPS:
         return []
     return [f"The runs have {most} step{'s' * (most > 1)} at most: so few tell little of a longer training."]
+
+
+def few_examples_text(counts: Sequence[int]) -> list[str]:
+    """A sentence on held-out data, if the fewest examples of `counts` are too few to tell of others."""
+    fewest = min(counts, default=_FEW_EXAMPLES)
+    if fewest >= _FEW_EXAMPLES:
+        return []
+    there_are = f"There {'are' if fewest > 1 else 'is'} {fewest} held-out example{'s' * (fewest > 1)}"
+    return [f"{there_are}: so few tell little of others, and the verdict speaks of these alone."]
