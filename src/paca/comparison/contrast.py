@@ -25,6 +25,8 @@ _COST_OF = {"parameters": "num_trainable_params", "time": "train_time", "memory"
 _ROUNDING = 1e-9
 _STILL_EQUAL = 1.1
 """A ratio beyond this one is not called equal."""
+_MORE_PARAMETERS = 1.25
+"""A ratio of trained parameters beyond this one is told with each finding, also where nobody asked for equal ones."""
 
 Finding = Literal["better", "worse", "none", "unknown"]
 
@@ -125,11 +127,17 @@ class Contrast:
         return f"{leader} is {self.finding} than {other} ({by}{failed})"
 
     def terms(self, equal: Sequence[str]) -> str:
-        """What was equal, as the start of a sentence, or how far it was not; empty where that is not known."""
+        """What was equal, as the start of a sentence, or how far it was not; empty where that is not known.
+
+        How far trained parameters were not is said whatever was made equal.
+        """
         ratios = {what: found for what in equal if (found := self._ratio_of(what)) is not None}
+        trained = self._ratio_of("parameters")
+        if trained is not None and not 1 / _MORE_PARAMETERS <= trained <= _MORE_PARAMETERS:
+            ratios["parameters"] = trained
         same = [what for what, ratio in ratios.items() if 1 / _STILL_EQUAL <= ratio <= _STILL_EQUAL]
         terms = [f"equal {' and '.join(same)}"] if same else []
-        terms += [f"{ratios[what]:.2f} × the {what} of {self.other.name}" for what in ratios if what not in same]
+        terms += [f"{times(ratios[what])} × the {what} of {self.other.name}" for what in ratios if what not in same]
         start = f"at {' and '.join(terms)}, " if terms else ""
         if "memory" in equal and self._does_not_fit:
             start += f"{'but ' if terms else ''}not at equal memory, as {self.other.name} does not fit, "
@@ -187,3 +195,8 @@ class Contrast:
 def ratio(one: float | None, other: float | None) -> float | None:
     """`one / other`, where both are known."""
     return one / other if one is not None and other else None
+
+
+def times(value: float) -> str:
+    """A ratio, for people: `4.00`, and `0.0021` of what two decimals would show as nothing."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paca.comparison.comparable import unlike
-from paca.comparison.contrast import Contrast
+from paca.comparison.contrast import Contrast, times
 from paca.comparison.edges import Edge, caveats_of
 from paca.comparison.method_result import MethodResult
 from paca.comparison.rows import Row
@@ -95,7 +95,7 @@ class ComparisonResult:
                 once = "By one run of each, " * (max(len(contrast.leader.rows), len(contrast.other.rows)) < 2)
                 sentences.append(
                     f"{once}{contrast.leader.name} takes {timed * compared}{held}, weights included{counted}; it "
-                    f"trains {parameters:.2f} × the parameters."
+                    f"trains {times(parameters)} × the parameters."
                 )
         if ranges and sentences:
             sentences.append(
