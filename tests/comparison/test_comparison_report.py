@@ -119,6 +119,48 @@ def test_the_difference_is_named_for_what_it_is_to_and_intervals_are_explained_w
         assert "counts the examples" not in told  # of a loss
 
 
+@pytest.mark.parametrize(
+    ("changed", "head"),
+    [
+        ({}, "loss (lower is better)"),
+        ({"metric": "choice", "lower_is_better": False}, "choice (higher is better)"),
+    ],
+)
+def test_the_tables_say_which_sign_is_good(
+    changed: dict[str, object], head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = result({"paca": {0: 1.0, 1: 1.1}, "lora": {0: 2.0, 1: 2.2}}, score_stderr=0.1, **changed)
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    show_result(found, tmp_path, Console(width=200))
+    terminal = capsys.readouterr().out
+    assert f"<th>{head}</th><th>paca minus it</th>" in page
+    assert f"| {head} | paca minus it |" in text
+    assert head in terminal
+    for told in (page, text, terminal):  # which is told by the name of the metric
+        assert ("counts the examples" in told) == ("choice" in head)
+
+
+def test_a_loss_that_is_the_score_has_one_column_of_every_run(tmp_path: Path) -> None:
+    found = result({"paca": {0: 1.0, 1: 1.1}, "lora": {0: 2.0, 1: None}})
+    page, text = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    assert "| run | rate | seed | held-out loss | steps |" in text
+    assert "| paca-lr0.001-seed1 | 0.001 | 1 | 1.1000 | 10 |" in text
+    assert "| lora-lr0.001-seed1 | 0.001 | 1 | failed: out of memory |  |" in text
+    assert page.count("held-out loss</th>") == 1
+    found.methods[0].rows[0]["loss"] = 1.25  # eval.metric: loss is one over tokens, the trainer's over batches
+    page, text = report_of(tmp_path / "again", found, made_folders(found, tmp_path / "others"))
+    assert "| paca-lr0.001-seed0 | 0.001 | 0 | 1.0000 | 1.2500 | 10 |" in text
+    assert "| run | rate | seed | loss | held-out loss | steps |" in text
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_bars_are_said_to_be_other_intervals_than_the_verdicts(seeds: int, tmp_path: Path) -> None:
+    scores = {name: {seed: size + seed for seed in range(seeds)} for name, size in (("paca", 1.0), ("lora", 2.0))}
+    found = result(scores)
+    page, _ = report_of(tmp_path / "report", found, made_folders(found, tmp_path))
+    assert ("bars may overlap where it says better" in page) == (seeds > 1)
+
+
 @pytest.mark.parametrize(("steps", "told"), [(99, True), (100, False)])
 def test_runs_of_few_steps_are_said_to_tell_little_wherever_the_verdict_is(
     steps: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

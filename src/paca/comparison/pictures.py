@@ -99,8 +99,7 @@ def _legend(axes: Any, drawn: Sequence[Any]) -> None:
 
 
 def _score_label(result: ComparisonResult) -> str:
-    better = "lower" if result.lower_is_better else "higher"
-    return f"{'held-out loss' if result.metric == 'loss' else result.metric} ({better} is better)"
+    return f"{'held-out loss' if result.metric == 'loss' else result.metric} ({result.good_sign})"
 
 
 def _color(number: int) -> str:

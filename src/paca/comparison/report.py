@@ -22,6 +22,10 @@ from paca.training.reporting.report import whole_page
 Table = tuple[list[str], list[list[str]]]
 _SEEDS, _SCORE = 2, 3
 """The column of the scores; that of their differences follows."""
+_BARS = (
+    "A bar is its method's own 95 % interval over the seeds. The verdict goes by the interval of the difference, seed "
+    "by seed where methods share their seeds: bars may overlap where it says better."
+)
 
 
 def write_report(path: Path, result: ComparisonResult, folders: Mapping[str, RunFolder]) -> None:
@@ -41,8 +45,8 @@ def method_table(result: ComparisonResult) -> Table:
     """Heads and cells: one row for the model as it came, then one a method; see `note_on_intervals`."""
     apart = f"{result.methods[0].name} minus it"
     heads = [
-        "method", "rate", "seeds", result.metric, apart, "training", "tokens/s", "peak memory", "trained parameters",
-        "settings",
+        "method", "rate", "seeds", f"{result.metric} ({result.good_sign})", apart, "training", "tokens/s",
+        "peak memory", "trained parameters", "settings",
     ]  # fmt: skip
     rows = []
     if result.score_before is not None:
@@ -59,7 +63,7 @@ def note_on_intervals(table: Table) -> list[str]:
     told = (
         "After ± is half of a 95 % interval, by Student's t over the seeds; where all seeds are alike it is left out."
     )
-    if table[0][_SCORE] in SHARES:
+    if table[0][_SCORE].partition(" (")[0] in SHARES:
         told += " That of a difference also counts the examples as drawn by chance."
     if any(row[_SEEDS] == "2" for row in table[1]):
         told += " Two seeds are too few for it: it is very wide, or too narrow where both happen to differ by as much."
@@ -94,9 +98,13 @@ def _plus_minus(found: Interval) -> str:
 
 
 def _run_table(result: ComparisonResult) -> Table:
-    heads = ["run", "rate", "seed", result.metric, "held-out loss", "steps", "training time", "peak memory"]
+    tried = [row for method in result.methods for row in method.tried]
+    # By the trainer it is; `eval.metric: loss` is one over tokens.
+    score_is_loss = result.metric == "loss" and all(row["score"] == row["loss"] for row in tried)
+    judged = ["held-out loss"] if score_is_loss else [result.metric, "held-out loss"]
+    heads = ["run", "rate", "seed", *judged, "steps", "training time", "peak memory"]
     rows = []
-    for row in (row for method in result.methods for row in method.tried):
+    for row in tried:
         info, loss = row["train_info"], row["loss"]
         failed = f"failed: {row['run_info']['error_msg']}" if info["status"] == "failed" else "not finite"
         time, peak = info["train_time"], info["accelerator_memory_max"]
@@ -105,7 +113,7 @@ def _run_table(result: ComparisonResult) -> Table:
             "" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             str(row["seed"]),
             failed if row["score"] is None else f"{row['score']:.4f}",
-            "" if loss is None else f"{loss:.4f}",
+            *([] if score_is_loss else ["" if loss is None else f"{loss:.4f}"]),
             str(row["steps"] or ""),
             "" if time is None else _time(time),
             "" if peak is None else format_bytes(peak),
@@ -142,11 +150,14 @@ def _page(title: str, result: ComparisonResult, folders: Mapping[str, RunFolder]
         pictures.append(score_over_rates(result))
     table = method_table(result)
     notes = "".join(f"<li>{html.escape(line)}</li>" for line in _told(result, table))
+    has_bars = any(method.score is not None and method.score.half for method in result.methods)
+    bars = f'<p class="sub">{_BARS}</p>' if has_bars else ""
     body = f"""<p><b>{html.escape(result.verdict)}</b></p>
 <ul>{notes}</ul>
 <h2>Methods</h2>
 <div class="scroll"><table>{_html_table(table)}</table></div>
 <h2>Score against time and memory</h2>
+{bars}
 <div class="curves">{"".join(f"<figure>{picture}</figure>" for picture in pictures)}</div>
 <h2>Loss over time</h2>
 <p class="sub">Of each method's first seed: strong lines on held-out data, faint ones in training.</p>

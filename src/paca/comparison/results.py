@@ -44,6 +44,11 @@ class ComparisonResult:
         return self._first["lower_is_better"]
 
     @property
+    def good_sign(self) -> str:
+        """The same in words."""
+        return f"{'lower' if self.lower_is_better else 'higher'} is better"
+
+    @property
     def score_before(self) -> float | None:
         """Of the model as it came, where it was measured."""
         found = (row["score_before"] for method in self.methods for row in method.tried)
