@@ -14,6 +14,8 @@ from paca.training.reporting.curves import INK, figure_with_axes, inline_svg, th
 COLORS = ("#0b84a5", "#e8702a", "#6f4e9c", "#3f9c5a", "#c8432f", "#8a6d3b", "#d16ba5", "#7a7f87")
 """By the order of methods; told apart by colour-blind eyes as well, together with the markers."""
 _MARKERS = "osD^vPX*"
+_LEAST_RANGE = 0.05
+"""An axis of cost goes at least so far to both sides of its middle: what took nearly the same is drawn near."""
 
 Curve = Sequence[tuple[float, float]]
 
@@ -47,6 +49,11 @@ def score_against(result: ComparisonResult, path: tuple[str, ...], across: str, 
         axes.plot(*zip(*front, strict=True), color=INK, alpha=0.5, linewidth=1, linestyle="--", label="Pareto front")
     axes.set_ylabel(_score_label(result))
     axes.margins(0.15)
+    low, high = axes.get_xlim()
+    middle = (low + high) / 2
+    half = max((high - low) / 2, _LEAST_RANGE * abs(middle))
+    axes.set_xlim(middle - half, middle + half)
+    axes.locator_params(axis="x", nbins=5)  # more labels of five digits touch each other
     _legend(axes, means)
     return inline_svg(figure, f"{result.metric} of each method against {across}")
 
