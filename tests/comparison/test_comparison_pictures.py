@@ -18,7 +18,7 @@ def axis_of(
 ) -> tuple[Any, list[tuple[float, float]]]:
     """Of what two methods took: the axes, and where each label of the horizontal one begins and ends."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(pictures, "inline_svg", lambda figure, _: drawn.append(figure) or "")
+    monkeypatch.setattr(pictures, "inline_svg", lambda figure, _: drawn.append(figure))
     found = result({"paca": {0: 1.0, 1: 1.1}, "lora": {0: 1.2, 1: 1.3}})
     for method, cost in zip(found.methods, costs, strict=True):
         for row in method.rows:

@@ -94,3 +94,25 @@ def test_equal_memory_on_a_gpu_is_judged_by_whole_runs_as_a_trial_may_miss_the_l
         row["train_info"]["accelerator_memory_max"] *= 2
     assert found.verdict.startswith("At 0.50 × the memory of full, paca is worse than full")
     assert "bytes of tensors" not in found.cost[0]
+
+
+@pytest.mark.parametrize(
+    ("equal", "others", "start"),
+    [
+        ((), 250, "At 4.00 × the parameters of lora, paca is better than lora (loss"),
+        ((), 1240, "paca is better than lora (loss"),  # 1 / 1.24
+        ((), 810, "paca is better than lora (loss"),
+        ((), 500_000, "At 0.002 × the parameters of lora, paca is better than lora (loss"),
+        (("time",), 250, "At equal time and 4.00 × the parameters of lora, paca is better than lora (loss"),
+        (("parameters",), 810, "At 1.23 × the parameters of lora, paca is better than lora (loss"),
+    ],
+)
+def test_the_verdict_says_where_one_of_both_trains_far_more_parameters(
+    equal: tuple[str, ...], others: int, start: str
+) -> None:
+    paca, lora = result({"paca": {0: 0.9, 1: 0.91}, "lora": {0: 1.0, 1: 1.02}}).methods
+    for one in lora.rows:
+        one["train_info"]["num_trainable_params"] = others
+    found = ComparisonResult([paca, lora], [], equal)
+    assert found.verdict.startswith(start)
+    assert "trains 0.00 ×" not in found.cost[0]
