@@ -167,9 +167,3 @@ def test_a_process_that_the_program_spawns_imports_the_whole_package(tmp_path: P
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_package_runs_as_the_program() -> None:
-    done = run_forked("import runpy, sys; sys.argv[1:] = ['train']; runpy.run_module('paca', run_name='__main__')")
-    assert done.returncode == 2
-    assert done.stderr.startswith("Usage: paca train [OPTIONS]")
