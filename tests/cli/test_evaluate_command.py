@@ -209,7 +209,8 @@ def test_categories_of_a_strangers_questions_can_not_rename_the_window() -> None
     model = {"all": found, "turns": {}, "categories": {"\x1b]0;mine\x07" + "x" * 5_000: found}, "without_grade": 0}
     shown = io.StringIO()
     judge = {"prompt_tokens": 1, "completion_tokens": 1, "requests": 1}
-    print_ratings(Console(file=shown, width=300), {"models": {"base": model}, "judge": judge})
+    lengths = {"max_new_tokens": 1024, "context": None, "cut_questions": 0}
+    print_ratings(Console(file=shown, width=300), {"models": {"base": model}, "judge": judge, **lengths})
     assert "\\x1b]0;mine\\x07xxx" in shown.getvalue()
     assert "\x1b" not in shown.getvalue()
     assert len(shown.getvalue()) < 3_000
