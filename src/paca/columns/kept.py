@@ -45,8 +45,7 @@ def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:
 
     `columns` may have other positions as well. Where several have one, they are added in order.
     """
-    positions, values = kept
-    wide = torch.promote_types(values.dtype, torch.float32)
+    positions, values, wide = *kept, torch.promote_types(kept.values.dtype, torch.float32)
     parts = tuple(part for c in columns for part in c.parts())
     if len(parts) == 1 and parts[0].indices.shape == positions.shape and parts[0].delta.device == values.device:
         return add_scaled([values], [oriented(parts[0].delta.detach(), dim).to(wide)], parts[0].scale)[0]

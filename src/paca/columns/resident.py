@@ -1,7 +1,6 @@
 """Resident columns, which live in the weight while their adapter is active (design, section 3).
 
-`ResidentColumns` belongs to one weight, which every call hands it: what it holds, how columns get in, how the originals
-come back, and that a backward pass reads what its forward pass read. `write_together` writes many weights.
+`ResidentColumns` belongs to one weight, which every call hands it. `write_together` writes many.
 """
 
 from __future__ import annotations
@@ -251,9 +250,10 @@ class ResidentColumns(ActiveColumns):
 
 
 def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]]) -> None:
-    """Make many weights hold what is wanted of each: in two kernels, where columns lie in blocks."""
+    """Make many weights hold what is wanted of each: in a few kernels, where columns lie in blocks."""
     with WRITING, ALONE, torch.inference_mode(False), torch.no_grad():
         groups: dict[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], [], []))
+        values = 0  # so far
         prepared = [(columns, weight, columns.prepare(weight, wanted)) for columns, weight, wanted in jobs]
         written = [(columns, weight, state) for columns, weight, state in prepared if state is not None]
         # After all were looked at: slices of one tensor have one version counter.
@@ -261,16 +261,17 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
             only, originals, parked = state.columns[0], columns.kept.values, columns.parked_columns(weight, state)
             runs = state.trained.runs[0] if len(state.columns) == 1 and not weight.is_inference() else None
             if runs is None or parked is not None or only.folded is not None:
-                values = sum_of(columns.kept, state.columns, columns.dim) if parked is None else parked
-                put_columns(weight, columns.dim, columns.kept.positions, values)
+                sums = sum_of(columns.kept, state.columns, columns.dim) if parked is None else parked
+                put_columns(weight, columns.dim, columns.kept.positions, sums)
             else:
-                group = groups[only.scale, weight.device, weight.dtype]
+                values += originals.numel()
+                group = groups[only.scale, weight.device, weight.dtype, values // 2**20]  # 4 MiB of sums at a time
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 delta = oriented(only.delta.detach(), columns.dim).to(originals.device, wide)
                 group[0].extend(blocks_in(originals, columns.dim, runs))
                 group[1].extend(blocks_in(delta, columns.dim, runs))
                 group[2].extend(blocks_of(weight, columns.dim, runs))
-        for (scale, _, _), (originals_of, deltas, views) in groups.items():
+        for (scale, *_), (originals_of, deltas, views) in groups.items():
             torch._foreach_copy_(views, add_scaled(originals_of, deltas, scale))
         for columns, weight, state in written:
             columns.wrote(weight, state)
