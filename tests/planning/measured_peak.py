@@ -61,7 +61,9 @@ def train(architecture: str, options: dict[str, Any], setting: dict[str, Any]) -
         more = ("mean_logits",) if setting.get("trainer") == "dpo" else ()
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1", *more))
         loss_options = {"fused_lm_head": True}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rank = setting.get("optimizer", "").removeprefix("factored_adamw_")
+    optimizer: Any = paca.FactoredAdamW(trained, rank=int(rank)) if rank else torch.optim.AdamW(trained, fused=True)
     Path("/proc/self/clear_refs").write_text("5")  # making the weights takes more than training: forget that peak
     for length in (8, setting["sequence_length"]):
         ids = torch.randint(1, 400, (setting["batch_size"], length))

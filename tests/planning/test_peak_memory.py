@@ -87,6 +87,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "answer_length": 2,
         },
     ),
+    "llama, factors of many columns": (
+        "llama",
+        {**GATED, "dtype": "float32"},
+        {"adapter": {"peft_type": "PACA", "r": 128}, "optimizer": "factored_adamw_8", "sequence_length": 64},
+    ),
     "llama, SHADOW": ("llama", {**GATED, "dtype": "float32"}, {"adapter": {"peft_type": "SHADOW"}}),
     "llama, SHiRA": (
         "llama",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from paca.columns.stepping import owner_of_delta
+from paca.functional.factored import FactorGradient, Factors
+from paca.functional.linear import LinearProduct
+from paca.functional.product import FACTORED
 
 _FACTORS = ("a", "b")
 
@@ -20,9 +24,13 @@ class FactoredAdamW(torch.optim.Optimizer):
 
     A delta `(out_features, r)` is computed from `B (out_features, rank)`, zeros at first, and `A (rank, r)`, drawn as
     PEFT draws LoRA's (the same on every process); of convolutions `r` times the kernel's size, of experts one pair for
-    each. Their gradients follow from the delta's: a product each a step, not one a token. So the model runs as with any
-    other optimizer, and what a layer learns is of rank `rank` in its `r` columns. Moments are of the factors' sizes.
-    Factors are float32 (float64 for float64 deltas).
+    each. What a layer learns is of rank `rank` in its `r` columns. Moments are of the factors' sizes. Factors are
+    float32 (float64 for float64 deltas).
+
+    The backward pass of a linear layer makes gradients of the factors alone, which takes less time and memory than the
+    delta's: `delta.grad` stands for both then. It is added to, scaled and clipped as LoRA's gradients are, and has no
+    values of the delta's. Other kinds of layers, compiled ones and several processes (DDP) make the delta's, from which
+    those of the factors follow in the step.
 
     Parameters that are no deltas of PaCA, such as those of `modules_to_save`, are stepped by AdamW. A delta that is
     not zero at the first step, or that was written between two steps (an adapter is loaded over it), is kept as the
@@ -72,6 +80,23 @@ class FactoredAdamW(torch.optim.Optimizer):
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers of zero or more and less than 1, not {betas!r}.")
         super().add_param_group(param_group)
+        self._hold()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Let backward passes know whose deltas' factors are stepped here."""
+        numbered = enumerate(((p, group) for group in self.param_groups for p in group["params"]), 1)
+        self._held = [_Held(self, p, group, number) for number, (p, group) in numbered]
+        FACTORED.update({id(held.parameter): held for held in self._held})
+
+    def begin(self) -> None:
+        """Make now what is kept of each parameter, which else is made as it is needed."""
+        for held in self._held:
+            if not self.state[held.parameter]:
+                held.begin(self.state[held.parameter])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -95,32 +120,27 @@ class FactoredAdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        number = 0
+        held = iter(self._held)
         for group in self.param_groups:
             found: list[tuple[Tensor, Tensor, Tensor, Tensor, int]] = []
             factored: list[Tensor] = []
             for p in group["params"]:
-                number += 1
+                one = next(held)
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    _begin(state, p, group["rank"], self.seed * 1_000_003 + number)
+                    one.begin(state)
                 elif "b" in state and state.get("version") != p._version:
                     _look_at(state, p, group["scale"])
                 state["step"] += 1
-                gradient = p.grad
                 if "b" not in state:
-                    found.append((p, gradient, state["mean"], state["square"], state["step"]))
+                    found.append((p, p.grad, state["mean"], state["square"], state["step"]))
                     continue
                 factored.append(p)
-                a, b = state["a"], state["b"]
-                products = _dtype_of_products(p, a)
-                gradient = gradient.to(products).reshape(*b.shape[:-1], a.shape[-1])
-                made = b.to(products).mT @ gradient, gradient @ a.to(products).mT
-                for name, value, its in zip(_FACTORS, (a, b), made, strict=True):
-                    its = its.to(value.dtype).mul_(group["scale"])
-                    found.append((value, its, state[f"{name}_mean"], state[f"{name}_square"], state["step"]))
+                for name, its in zip(_FACTORS, _gradients(state, p, group["scale"]), strict=True):
+                    moments = state[f"{name}_mean"], state[f"{name}_square"]
+                    found.append((state[name], its, *moments, state["step"]))
             if found:
                 _adamw(found, group)
             for p in factored:
@@ -148,34 +168,77 @@ class FactoredAdamW(torch.optim.Optimizer):
                     self.state[p].pop(name, None)
 
 
+class _Held:
+    """A parameter of a `FactoredAdamW`."""
+
+    def __init__(self, optimizer: FactoredAdamW, parameter: Tensor, group: dict[str, Any], number: int) -> None:
+        self.optimizer, self.parameter, self.group = weakref.ref(optimizer), parameter, group
+        self.drawn_with = optimizer.seed * 1_000_003 + number
+
+    def factors(self) -> Factors | None:
+        """Those whose gradients backward passes make in place of the delta's; None where its own is needed."""
+        optimizer = self.optimizer()
+        if optimizer is None or not is_matrix(self.parameter):
+            return None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None  # whose buckets hold gradients of the parameters' own sizes
+        state = optimizer.state[self.parameter]
+        if not state:
+            self.begin(state)
+        return Factors(state["a"], state["b"], self.group["scale"])
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Make what is kept of the parameter: at its first pass, or its first step."""
+        p, layer = self.parameter, layer_of_delta(self.parameter)
+        state["step"] = 0
+        if layer is None:
+            state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+            return
+        if is_trained(p):
+            state["start"] = p.detach().clone()
+        wide, rank = torch.promote_types(p.dtype, torch.float32), self.group["rank"]
+        *experts, rows, columns = p.flatten(layer.delta_column_dim % p.dim()).shape
+        bound, drawn = columns**-0.5, torch.Generator().manual_seed(self.drawn_with)
+        a = torch.empty(*experts, rank, columns, dtype=wide, device="cpu").uniform_(-bound, bound, generator=drawn)
+        state["a"], state["b"] = a.to(p.device), torch.zeros(*experts, rows, rank, dtype=wide, device=p.device)
+        for name in _FACTORS:
+            state[f"{name}_mean"], state[f"{name}_square"] = (torch.zeros_like(state[name]) for _ in range(2))
+        state["version"] = p._version
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether it is the delta of a linear layer."""
+    layer = layer_of_delta(parameter)
+    return layer is not None and isinstance(layer.base_layer.product(), LinearProduct)
+
+
+def is_trained(delta: Tensor) -> bool:
+    """Whether a delta is not zero. Waits for the device."""
+    return bool(delta.any())
+
+
 def layer_of_delta(parameter: Tensor) -> Any:
     """Whose delta it is, or what FSDP2 shards one as: an adapted layer, or None."""
     found = owner_of_delta(parameter)
     return None if found is None else found[0]()
 
 
-def _begin(state: dict[str, Any], p: Tensor, rank: int, number: int) -> None:
-    """What is kept of a parameter; the seed of its draw is `number`."""
-    state["step"] = 0
-    layer = layer_of_delta(p)
-    if layer is None:
-        state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
-        return
-    if bool(p.any()):  # waits for the device, once
-        state["start"] = p.detach().clone()
-    wide = torch.promote_types(p.dtype, torch.float32)
-    *experts, rows, columns = p.flatten(layer.delta_column_dim % p.dim()).shape
-    bound, drawn = columns**-0.5, torch.Generator().manual_seed(number)
-    a = torch.empty(*experts, rank, columns, dtype=wide, device="cpu").uniform_(-bound, bound, generator=drawn)
-    state["a"], state["b"] = a.to(p.device), torch.zeros(*experts, rows, rank, dtype=wide, device=p.device)
-    for name in _FACTORS:
-        state[f"{name}_mean"], state[f"{name}_square"] = (torch.zeros_like(state[name]) for _ in range(2))
-
-
 def _delta(state: dict[str, Any], p: Tensor, scale: float) -> Tensor:
     """What the factors make of a delta, in their dtype."""
     delta = (state["b"] @ state["a"]).mul_(scale).view(p.shape)
     return delta + state["start"] if "start" in state else delta
+
+
+def _gradients(state: dict[str, Any], p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients of `a` and `b`: those that backward passes made, or what follows from the delta's."""
+    a, b, gradient = state["a"], state["b"], p.grad
+    if isinstance(gradient, FactorGradient):
+        return gradient.of_a, gradient.of_b
+    assert gradient is not None
+    products = _dtype_of_products(p, a)
+    gradient = gradient.to(products).reshape(*b.shape[:-1], a.shape[-1])
+    made = b.to(products).mT @ gradient, gradient @ a.to(products).mT
+    return made[0].to(a.dtype).mul_(scale), made[1].to(b.dtype).mul_(scale)
 
 
 def _dtype_of_products(p: Tensor, factor: Tensor) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ class Trained(NamedTuple):
     """`runs_of` each of `indices`; None where they are taken one by one."""
     rows: tuple[Tensor | None, ...] = ()
     """The samples that each adapter is for, int64; None for all. Only where columns are added."""
+
+
+FACTORED: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""By the id of each delta that an optimizer steps as a product of two factors: what gives these (`factors_of`)."""
+
+
+def factors_of(delta: Tensor) -> Any:
+    """The `Factors` of a delta, whose gradients take the place of its own; None if it has none, or not of a matrix."""
+    held = FACTORED.get(id(delta))
+    return None if held is None else held.factors()
 
 
 class Product(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paca.functional.added import add_contributions, input_gradient_of_added, of_rows
 from paca.functional.first_order import first_order
-from paca.functional.product import Product, Trained, WeightSource, check_frozen
+from paca.functional.product import FACTORED, Product, Trained, WeightSource, check_frozen, factors_of
 
 
 def train_columns(
@@ -69,9 +69,10 @@ class _TrainColumns(torch.autograd.Function):
             selected = [s if s is None or s.dtype == y.dtype else in_dtype(s, y.dtype) for s in selected]
         ctx.product, ctx.source, ctx.scales, ctx.rows, ctx.needed = product, source, scales, rows, needed
         ctx.input_size, ctx.input_dtype, ctx.compute_dtype = x.shape, x.dtype, y.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.deltas = [(d.shape, d.dtype) for d in deltas]
-        ctx.adds, ctx.indices, ctx.added = adds, (None,) * count, deltas
+        ctx.bias_dtype, ctx.deltas = None if bias is None else bias.dtype, [(d.shape, d.dtype) for d in deltas]
+        ctx.adds, ctx.indices, ctx.added, ctx.makers = adds, (None,) * count, deltas, [product] * count
+        if source is not None and FACTORED:
+            ctx.makers = [(need and factors_of(d)) or product for d, need in zip(deltas, needed, strict=True)]
         selected = [s for s, need in zip(selected, needed, strict=True) if need]
         if source is not None:
             ctx.indices = indices  # whether they are the same in the backward pass is the source's to check
@@ -83,6 +84,7 @@ class _TrainColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            ctx.makers = [ctx.product] * len(ctx.scales)
             return first_order(_TrainColumns.backward)(ctx, grad_output)
         if torch.is_autocast_enabled(grad_output.device.type):
             with torch.autocast(grad_output.device.type, enabled=False):
@@ -100,11 +102,11 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     grad_y = grad_output if grad_output.dtype == ctx.compute_dtype else in_dtype(grad_output, ctx.compute_dtype)
     # Columns first: grad_y was just written, and the large matmul would drive it out of cache.
     grad_deltas: list[Tensor | None] = [None] * count
-    remaining = iter(saved)
+    kept = iter(saved)
     for n, need in enumerate(ctx.needed):
         if need:
             part = grad_y if ctx.rows[n] is None else of_rows(grad_y, ctx.rows[n])
-            grad_deltas[n] = product.delta_gradient(next(remaining), part, indices[n], ctx.scales[n], *ctx.deltas[n])
+            grad_deltas[n] = ctx.makers[n].delta_gradient(next(kept), part, indices[n], ctx.scales[n], *ctx.deltas[n])
     grad_bias = product.bias_gradient(grad_y).to(ctx.bias_dtype) if needs_bias else None
     grad_x = None
     if multiplies:

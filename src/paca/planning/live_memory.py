@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from paca.functional.factored import stored
 from paca.planning.operators import Operator, formula_of, operator_of
 from paca.planning.quantized_layers import dequantized_bytes
 
@@ -79,7 +80,7 @@ class LiveMemory(TorchDispatchMode):
 
     def note(self, tensors: Iterable[Any], category: str) -> None:
         """Follow the storages of `tensors` that are not followed yet, as `category`."""
-        for tensor in tensors:
+        for tensor in stored(tensors):
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
@@ -95,7 +96,7 @@ class LiveMemory(TorchDispatchMode):
 
     def categorize(self, tensors: Iterable[Tensor], category: str) -> None:
         """Count the storages of `tensors` as `category`, from their allocation on."""
-        for tensor in tensors:
+        for tensor in stored(tensors):
             if (allocation := self.allocation_of(tensor)) is not None:
                 allocation.category = category
 

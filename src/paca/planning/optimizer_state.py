@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from paca.columns.factored import layer_of_delta
+from paca.columns import factored
+from paca.columns.factored import FactoredAdamW, is_matrix, layer_of_delta
+from paca.functional.factored import FactorGradient
+from paca.functional.product import factors_of
 from paca.messages.errors import PacaError
 
 _TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
@@ -58,29 +62,52 @@ def _factors(optimizer: str, delta: Tensor) -> int:
 def step_temporaries(optimizer: str, device: str, trainable: Sequence[Tensor]) -> int:
     """Bytes that the optimizer's step allocates and frees again."""
     sizes = [p.numel() * p.element_size() for p in trainable]
-    if optimizer.startswith(_FACTORED):  # gradients of all factors and their denominators; deltas one at a time
-        return 2 * sum(_factors(optimizer, p) for p in trainable) + 2 * max(sizes, default=0)
+    if optimizer.startswith(_FACTORED):  # denominators, and gradients that follow from a delta's; deltas one at a time
+        made = sum((1 if is_matrix(p) else 2) * _factors(optimizer, p) for p in trainable)
+        return made + 2 * max(sizes, default=0)
     if optimizer == "adamw_torch":
         # On CUDA its for-each form makes the denominators of all parameters at once, elsewhere of one at a time.
         return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)
     return 0
 
 
-def stepped(optimizer: str, trainable: Sequence[Tensor]) -> Callable[[], None]:
+def factoring(optimizer: str, trainable: Sequence[Tensor]) -> FactoredAdamW | None:
+    """What steps factors of `trainable`, which have no values; backward passes make their gradients while it is there.
+    None for other optimizers."""
+    if not optimizer.startswith(_FACTORED):
+        return None
+    made = FactoredAdamW(trainable, lr=1e-3, rank=int(optimizer.removeprefix(_FACTORED)))
+    with patch.object(factored, "is_trained", lambda delta: False):
+        made.begin()
+    return made
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """A gradient without values, as backward passes leave it."""
+    factors = factors_of(parameter)
+    if factors is None:
+        return torch.empty_like(parameter)
+    like = parameter.shape, parameter.dtype
+    return FactorGradient(like, torch.empty_like(factors.a), torch.empty_like(factors.b))
+
+
+def stepped(optimizer: str, trainable: Sequence[Tensor], of_factors: FactoredAdamW | None = None) -> Callable[[], None]:
     """What follows a backward pass: gradients are clipped, and an optimizer steps with those of `trainable`.
 
-    AdamW's fused form stands for the 8-bit kinds.
+    AdamW's fused form stands for the 8-bit kinds. `of_factors` is what `factoring` gave.
     """
     parameters = [p for p in trainable if p.grad is not None]
-    if optimizer in _STATELESS:
-        made: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=1e-3, foreach=True)
+    if of_factors is not None:
+        made: torch.optim.Optimizer = of_factors
+    elif optimizer in _STATELESS:
+        made = torch.optim.SGD(parameters, lr=1e-3, foreach=True)
     elif optimizer == "adamw_torch":
         made = torch.optim.AdamW(parameters, lr=1e-3, foreach=True)
     else:
         made = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
 
     def step() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=None if of_factors is not None else True)
         made.step()
 
     return step

@@ -28,7 +28,7 @@ from paca.planning.learned_prompt import LearnedPrompt
 from paca.planning.live_memory import LiveMemory
 from paca.planning.module_stack import ModuleStack
 from paca.planning.operators import Operator
-from paca.planning.optimizer_state import state_bytes, step_temporaries, stepped
+from paca.planning.optimizer_state import factoring, gradient_of, state_bytes, step_temporaries, stepped
 from paca.planning.passes import inputs_of, loss_of
 from paca.planning.quantized_layers import states, unpacked_by_peft
 from paca.planning.setting import Answering, Setting
@@ -125,9 +125,10 @@ class _Simulation:
         held = (*self.model.buffers(), *states(self.model), *places(self.model))
         memory.categorize((*self.model.parameters(), *held), WEIGHTS)
         memory.categorize(trainable, TRAINABLE)
+        self.of_factors = factoring(setting.optimizer, trainable)
         if setting.gradient_accumulation > 1:
             for parameter in trainable:
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = gradient_of(parameter)
             memory.note([p.grad for p in trainable], GRADIENTS)
         inputs = inputs_of(self.model, setting, setting.batch_size, setting.masked)
         with memory:
@@ -170,7 +171,7 @@ class _Simulation:
             if not setting.answers_within_a_step:
                 parameter.grad = None
             elif parameter.grad is None:  # an evaluation came before
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = gradient_of(parameter)
                 self.memory.note([parameter.grad], GRADIENTS)
         self.memory.region = TEMPORARIES
         adapted = any(isinstance(module, (BaseTunerLayer, LearnedPrompt)) for module in self.model.modules())
@@ -189,7 +190,7 @@ class _Simulation:
 
     def _steady(self, inputs: dict[str, Tensor], trainable: list[nn.Parameter]) -> Counter[Operator]:
         """What a later step runs: the first one also writes columns anew and makes the optimizer's state."""
-        step = stepped(self.setting.optimizer, trainable)
+        step = stepped(self.setting.optimizer, trainable, self.of_factors)
         step()
         for parameter in trainable:
             parameter.grad = None
