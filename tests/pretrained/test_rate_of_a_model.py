@@ -30,6 +30,10 @@ def test_it_is_that_of_paca_train(tmp_path: Path) -> None:
         rate = paca.learning_rate(tmp_path, paca.PacaConfig(**settings))
         assert rate == automatic_rate(trainer_kind({}), "paca", settings, 0.5)[0]
     assert paca.learning_rate(tmp_path, paca.PacaConfig(r=8, paca_alpha=8)) == 0.025  # 0.4 × 0.5 / 8
+    as_of_lora = paca.learning_rate(tmp_path, peft.LoraConfig(r=4, lora_alpha=8))
+    assert paca.learning_rate(tmp_path, paca.PacaConfig(r=8, paca_alpha=8), factor_rank=4) == as_of_lora
+    with pytest.raises(ValueError, match="factor_rank is PaCA's"):
+        paca.learning_rate(tmp_path, peft.LoraConfig(), factor_rank=4)
     for settings in ({"r": 16, "lora_alpha": 32}, {"r": 16, "lora_alpha": 32, "use_rslora": True}):
         rate = paca.learning_rate(tmp_path, peft.LoraConfig(**settings))
         assert rate == automatic_rate(trainer_kind({}), "lora", settings, 0.5)[0]

@@ -32,23 +32,29 @@ LORA_RATE_OF_WEIGHTS = 0.025
 _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
-def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig | LoraConfig) -> float:
+_SCALE = 2.0  # of factors, in units of `paca_alpha / r`: what `FactoredAdamW` and `train.factor_rank` take
+
+
+def learning_rate(
+    model: str | os.PathLike[str] | nn.Module, config: PacaConfig | LoraConfig, *, factor_rank: int | None = None
+) -> float:
     """The rate with which `paca train` trains a language model that gives none: for AdamW, and falling to 0 in the run.
 
     Args:
         model: Folder, `.gguf` file or hub id (of which the files that are read are fetched), or the loaded model, with
             or without adapters. 64 rows of each weight in four blocks are read, nothing is loaded.
         config: Its `paca_alpha` counts; of plain LoRA `r`, `lora_alpha` and `use_rslora`.
+        factor_rank: The `rank` of `paca.FactoredAdamW`, if that trains the columns.
 
     Returns:
         `0.4 × (root mean square of the weights) / paca_alpha`, to two digits, and of LoRA `0.025 × √(the same × r) /
-            lora_alpha`. Where the weights can't be read (quantized ones other than GGUF), 0.03 is taken for their size,
-            with a warning.
+            lora_alpha`, as of factors of that rank with twice that alpha. Where the weights can't be read (quantized
+            ones other than GGUF), 0.03 is taken for their size, with a warning.
 
     Raises:
         PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
         TypeError: `model` is neither a name nor a model.
-        ValueError: `config` is LoRA of a kind that was not measured, such as DoRA.
+        ValueError: `config` is LoRA of a kind that was not measured, such as DoRA, or has no factors.
     """
     if isinstance(model, nn.Module):
         named, size = f"the loaded {type(model).__name__}", size_of_loaded(model)
@@ -66,12 +72,16 @@ def learning_rate(model: str | os.PathLike[str] | nn.Module, config: PacaConfig 
             stacklevel=2,
         )
     if isinstance(config, LoraConfig):
+        if factor_rank is not None:
+            raise ValueError("factor_rank is PaCA's, and the config is a LoraConfig, whose r says it. Leave it out.")
         if not is_plain_lora(vars(config)):
             raise ValueError(
                 "This LoraConfig is not plain LoRA (use_dora, init_lora_weights other than True, or a lora_alpha "
                 "of 0), for which no rate was measured. Try 3e-4 and rates beside it."
             )
         return lora_rate_and_rule(config.r, config.lora_alpha, size, rslora=config.use_rslora)[0]
+    if factor_rank is not None:
+        return factors_rate_and_rule(factor_rank, config.r, config.paca_alpha, size)[0]
     return rate_and_rule(config.paca_alpha, size)[0]
 
 
@@ -101,6 +111,16 @@ def lora_rate_and_rule(
     of_rank, words = (1, "") if rslora else (r, " × r")
     rate = _rounded(part * math.sqrt(taken * of_rank) / alpha)
     return rate, f"{part:g} × √({taken:.2g}{words}) / lora_alpha; {known}"
+
+
+def factors_rate_and_rule(
+    rank: int, r: int, alpha: float, size: float | None, part: float = LORA_RATE_OF_WEIGHTS
+) -> tuple[float, str]:
+    """The same of columns whose deltas are stepped as factors of `rank`: LoRA's of that r."""
+    taken, known = _taken(size)
+    rate = _rounded(part * math.sqrt(taken * rank) / (_SCALE * rank) * r / alpha)
+    unit = "" if alpha == r else " × r / paca_alpha"
+    return rate, f"{part:g} × √({taken:.2g} × factor_rank) / ({_SCALE:g} × factor_rank){unit}; {known}"
 
 
 def is_plain_lora(settings: Mapping[str, Any]) -> bool:

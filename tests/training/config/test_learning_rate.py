@@ -107,11 +107,18 @@ def test_a_rule_says_that_it_was_made_for_adamw(tmp_path: Path) -> None:
     assert of_adam("a rule", "paged_adamw_8bit") == "a rule"
 
 
-def test_factors_have_the_rate_of_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("alpha", "told"), [(4, ""), (16, " × r / paca_alpha")])
+def test_factors_have_the_rate_of_lora(tmp_path: Path, alpha: int, told: str) -> None:
     config = save_workspace(tmp_path)
-    config.write_text(config.read_text().replace("learning_rate: 1e-2", "factor_rank: 2"))
-    lines = dict(describe(load_run_config(config)).lines())
-    assert lines["learning rate"] == "0.0003 (auto: for adapters)"
+    text = config.read_text().replace("learning_rate: 1e-2", "factor_rank: 2")
+    config.write_text(text)
+    plan = describe(load_run_config(config, ["paca.r=4", f"paca.paca_alpha={alpha}"]))
+    lines, rate = dict(plan.lines()), plan.config.train["learning_rate"]
+    lora = describe(
+        load_run_config(config, ["paca=null", "lora.r=2", f"lora.lora_alpha={alpha}", "train.factor_rank=null"])
+    )
+    assert rate == lora.config.train["learning_rate"]  # the alpha that gives LoRA the scale of the factors
+    assert f"factor_rank) / (2 × factor_rank){told}; " in lines["learning rate"]
     assert lines["factors"].startswith("of rank 2: ")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig
 
 from paca.config import PacaConfig
-from paca.pretrained.learning_rate import is_plain_lora, lora_rate_and_rule, rate_and_rule
+from paca.pretrained.learning_rate import factors_rate_and_rule, is_plain_lora, lora_rate_and_rule, rate_and_rule
 from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
@@ -16,9 +16,9 @@ _FAR = 20
 """Times as high or as low as the automatic rate: more than PaCA's was off from any best rate that was found."""
 
 
-def follows_weights(kind: TrainerKind, method: str, adapter: Mapping[str, Any], factor_rank: int | None = None) -> bool:
+def follows_weights(kind: TrainerKind, method: str, adapter: Mapping[str, Any]) -> bool:
     """Whether the rate depends on the model's weights."""
-    if kind.rate_of_weights is None or factor_rank is not None:
+    if kind.rate_of_weights is None:
         return False
     return method == "paca" or (method == "lora" and is_plain_lora(adapter))
 
@@ -37,17 +37,20 @@ def automatic_rate(
         method: The run's, such as `paca`.
         adapter: Settings of its section that the user gave.
         weight_size: The root mean square of the model's linear weights; None where that is not known.
-        factor_rank: Of `train`; with it a rate follows no rule.
+        factor_rank: Of `train`; then PaCA's rate is that of LoRA with this r.
     """
     if method == "full":
         return kind.arguments.learning_rate, "the trainer's own default"
-    if kind.rate_of_weights is None or not follows_weights(kind, method, adapter, factor_rank):
+    if kind.rate_of_weights is None or not follows_weights(kind, method, adapter):
         return kind.learning_rate, "for adapters"
     if method == "lora":
         r, alpha = adapter.get("r", LoraConfig.r), adapter.get("lora_alpha", LoraConfig.lora_alpha)
         scaled = bool(adapter.get("use_rslora"))
         return lora_rate_and_rule(r, alpha, weight_size, kind.lora_rate_of_weights, rslora=scaled)
-    return rate_and_rule(adapter.get("paca_alpha", PacaConfig.paca_alpha), weight_size, kind.rate_of_weights)
+    r, alpha = adapter.get("r", PacaConfig.r), adapter.get("paca_alpha", PacaConfig.paca_alpha)
+    if factor_rank is not None:
+        return factors_rate_and_rule(factor_rank, r, alpha, weight_size, kind.lora_rate_of_weights)
+    return rate_and_rule(alpha, weight_size, kind.rate_of_weights)
 
 
 def of_adam(rule: str, optimizer: str | None) -> str:
