@@ -66,7 +66,10 @@ def assert_equal(one: Any, other: Any) -> None:
         assert (one == other) is True or (one == other).all()
 
 
-@pytest.mark.parametrize("settings", [(), ("model.lean=true", "model.recompute=mlp", "train.neftune_noise_alpha=5")])
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("model.lean=true", "model.recompute=mlp", "train.neftune_noise_alpha=5"), ("train.factor_rank=2",)],
+)
 def test_a_probed_run_is_the_same_run_bit_for_bit(
     config_file: Path, finished: Callable[..., RunResult], tmp_path: Path, settings: tuple[str, ...]
 ) -> None:
@@ -141,6 +144,13 @@ def test_what_is_done_already_is_no_advice(
     for done in ("model.lean", "recompute", "checkpointing"):
         assert done not in str(caught.value)
     assert says_out_of_memory(str(caught.value))
+
+
+def test_what_an_optimizer_of_factors_keeps_is_there_and_not_stood_in_for(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paca.training.probe.state_bytes", lambda *_: pytest.fail("would be counted twice"))
+    run(config_file, tmp_path / "run", "train.max_steps=1", "train.factor_rank=2", probe=True)
 
 
 def test_another_error_stays_what_it_is(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

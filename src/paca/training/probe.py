@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from paca.columns.factored import FactoredAdamW
 from paca.messages.errors import PacaError
 from paca.messages.units import format_bytes
 from paca.planning.optimizer_state import optimizer_of, state_bytes
@@ -87,7 +88,10 @@ class ProbeLongestBatch(TrainerCallback):
 
     def _ballast(self) -> Tensor | None:
         trainer: Any = self.trainer
-        if trainer.optimizer.state:  # of a resumed run
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's, around it
+        if isinstance(optimizer, FactoredAdamW):
+            optimizer.begin()  # backward passes need factors
+        if optimizer.state:  # these, or of a resumed run
             return None
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         local = [p.to_local() if hasattr(p, "to_local") else p for p in trained]
