@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from paca.columns.resident import WRITING
 from paca.columns.stepping import owner_of_delta
 from paca.functional.factored import FactorGradient, Factors
 from paca.functional.linear import LinearProduct
@@ -30,7 +31,8 @@ class FactoredAdamW(torch.optim.Optimizer):
     The backward pass of a linear layer makes gradients of the factors alone, which takes less time and memory than the
     delta's: `delta.grad` stands for both then. It is added to, scaled and clipped as LoRA's gradients are, and has no
     values of the delta's. Other kinds of layers, compiled ones and several processes (DDP) make the delta's, from which
-    those of the factors follow in the step.
+    those of the factors follow in the step; so do deltas that are hooked (`register_hook`), or that two of these
+    optimizers hold.
 
     Parameters that are no deltas of PaCA, such as those of `modules_to_save`, are stepped by AdamW. A delta that is
     not zero at the first step, or that was written between two steps (an adapter is loaded over it), is kept as the
@@ -82,6 +84,9 @@ class FactoredAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         self._hold()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "seed": self.seed}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold()
@@ -115,6 +120,11 @@ class FactoredAdamW(torch.optim.Optimizer):
                 "FactoredAdamW holds no delta of PaCA, so it has nothing to factor: its parameters are copies (of "
                 "DeepSpeed, or in another dtype), or another method's. Give it the adapted model's, or take AdamW."
             )
+        if list(map(id, ours)) != [id(held.parameter) for held in self._held]:
+            self._hold()
+        for p in ours:
+            if isinstance(p.grad, FactorGradient):
+                p.grad.check_of(self.defaults, self.state[p].get("a"))
         with torch.autocast(ours[0].device.type, enabled=False):
             self._step()
         return loss
@@ -172,38 +182,41 @@ class _Held:
     """A parameter of a `FactoredAdamW`."""
 
     def __init__(self, optimizer: FactoredAdamW, parameter: Tensor, group: dict[str, Any], number: int) -> None:
-        self.optimizer, self.parameter, self.group = weakref.ref(optimizer), parameter, group
+        before = FACTORED.get(id(parameter))
+        others = [] if before is None else [by for by in before.optimizers if by() is not optimizer]
+        self.optimizers, self.parameter, self.group = [weakref.ref(optimizer), *others], parameter, group
         self.drawn_with = optimizer.seed * 1_000_003 + number
 
     def factors(self) -> Factors | None:
         """Those whose gradients backward passes make in place of the delta's; None where its own is needed."""
-        optimizer = self.optimizer()
-        if optimizer is None or not is_matrix(self.parameter):
-            return None
+        optimizer, *others = [held_by() for held_by in self.optimizers]
+        if optimizer is None or any(others) or not is_matrix(self.parameter):
+            return None  # either of two may step next
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return None  # whose buckets hold gradients of the parameters' own sizes
-        state = optimizer.state[self.parameter]
-        if not state:
-            self.begin(state)
-        return Factors(state["a"], state["b"], self.group["scale"])
+        state = optimizer.state.get(self.parameter)
+        if not state or (state["step"] == 0 and state["a"].device != self.parameter.device):  # moved since
+            with WRITING:  # another thread may be at it
+                state = optimizer.state[self.parameter]
+                if not state or state["a"].device != self.parameter.device:
+                    self.begin(state)
+        return Factors(state["a"], state["b"], self.group["scale"], self.parameter, optimizer.defaults)
 
     def begin(self, state: dict[str, Any]) -> None:
         """Make what is kept of the parameter: at its first pass, or its first step."""
         p, layer = self.parameter, layer_of_delta(self.parameter)
-        state["step"] = 0
         if layer is None:
-            state |= {"mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
+            state |= {"step": 0, "mean": torch.zeros_like(p), "square": torch.zeros_like(p)}
             return
-        if is_trained(p):
-            state["start"] = p.detach().clone()
+        made = {"start": p.detach().clone()} if is_trained(p) else {}
         wide, rank = torch.promote_types(p.dtype, torch.float32), self.group["rank"]
         *experts, rows, columns = p.flatten(layer.delta_column_dim % p.dim()).shape
         bound, drawn = columns**-0.5, torch.Generator().manual_seed(self.drawn_with)
         a = torch.empty(*experts, rank, columns, dtype=wide, device="cpu").uniform_(-bound, bound, generator=drawn)
-        state["a"], state["b"] = a.to(p.device), torch.zeros(*experts, rows, rank, dtype=wide, device=p.device)
+        made |= {"a": a.to(p.device), "b": torch.zeros(*experts, rows, rank, dtype=wide, device=p.device)}
         for name in _FACTORS:
-            state[f"{name}_mean"], state[f"{name}_square"] = (torch.zeros_like(state[name]) for _ in range(2))
-        state["version"] = p._version
+            made |= {f"{name}_{moment}": torch.zeros_like(made[name]) for moment in ("mean", "square")}
+        state |= {"step": 0, **made, "version": p._version}
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -231,14 +244,10 @@ def _delta(state: dict[str, Any], p: Tensor, scale: float) -> Tensor:
 
 def _gradients(state: dict[str, Any], p: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The gradients of `a` and `b`: those that backward passes made, or what follows from the delta's."""
-    a, b, gradient = state["a"], state["b"], p.grad
+    gradient: Any = p.grad
     if isinstance(gradient, FactorGradient):
         return gradient.of_a, gradient.of_b
-    assert gradient is not None
-    products = _dtype_of_products(p, a)
-    gradient = gradient.to(products).reshape(*b.shape[:-1], a.shape[-1])
-    made = b.to(products).mT @ gradient, gradient @ a.to(products).mT
-    return made[0].to(a.dtype).mul_(scale), made[1].to(b.dtype).mul_(scale)
+    return Factors(state["a"], state["b"], scale, p, None).follow(gradient, _dtype_of_products(p, state["a"]))
 
 
 def _dtype_of_products(p: Tensor, factor: Tensor) -> torch.dtype:

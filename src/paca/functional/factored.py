@@ -26,16 +26,30 @@ class Factors(NamedTuple):
     b: Tensor
     """`(out_features, rank)`."""
     scale: float
+    parameter: Tensor
+    """The delta."""
+    owner: Any
+    """Something of the optimizer that steps them, which no other has."""
 
     def delta_gradient(
         self, selected: Tensor, grad_output: Tensor, indices: Tensor, scale: Any, size: torch.Size, dtype: torch.dtype
-    ) -> FactorGradient:
-        """The gradients of both, as that of a delta of `size` and `dtype`; as `Product.delta_gradient`."""
+    ) -> Tensor:
+        """The gradients of both, as that of a delta of `size` and `dtype`; as `Product.delta_gradient`, whose own it is
+        where something looks at it, or it is added to another."""
         columns, rows = selected.reshape(-1, selected.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+        there, seen = self.parameter.grad, self.parameter._backward_hooks or torch.is_anomaly_enabled()
+        if seen or not (there is None or isinstance(there, FactorGradient)):
+            return column_gradient(columns, rows, scale, dtype)
         both = scale * self.scale
         of_b = column_gradient(columns @ in_dtype(self.a, columns.dtype).t(), rows, both, self.b.dtype)
         of_a = column_gradient(columns, rows @ in_dtype(self.b, rows.dtype), both, self.a.dtype)
-        return FactorGradient((size, dtype), of_a, of_b)
+        return FactorGradient((size, dtype), self, of_a, of_b)
+
+    def follow(self, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The gradients of both, of their delta's; by products in `dtype`."""
+        gradient = gradient.to(dtype).reshape(*self.b.shape[:-1], self.a.shape[-1])
+        of_a, of_b = self.b.to(dtype).mT @ gradient, gradient @ self.a.to(dtype).mT
+        return of_a.to(self.a.dtype).mul_(self.scale), of_b.to(self.b.dtype).mul_(self.scale)
 
 
 class FactorGradient(Tensor):
@@ -44,6 +58,8 @@ class FactorGradient(Tensor):
     The delta's own can't be had of them, so that what asks for its values is refused.
     """
 
+    factors: Factors
+    """Whose gradients these are."""
     of_a: Tensor
     """`(rank, r)`."""
     of_b: Tensor
@@ -53,26 +69,31 @@ class FactorGradient(Tensor):
     _by_factor: ClassVar[frozenset[Any]] = frozenset(
         {
             *(_ATEN.detach.default, _ATEN.clone.default, _ATEN.zero_.default),
-            *(_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.div_.Tensor),
+            *(_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.copy_.default, _ATEN.clamp_.default),
+            *(_ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.div.Tensor, _ATEN.div_.Tensor),
         }
     )
+    _takes_the_deltas: ClassVar[frozenset[Any]] = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.copy_.default})
     _of_lists: ClassVar[frozenset[Any]] = frozenset(
         {
             *(_ATEN._foreach_mul_.Tensor, _ATEN._foreach_mul_.Scalar, _ATEN._foreach_zero_.default),
+            *(_ATEN._foreach_clamp_min_.Scalar, _ATEN._foreach_clamp_max_.Scalar),
             _ATEN._amp_foreach_non_finite_check_and_unscale_.default,
         }
     )
 
     @staticmethod
-    def __new__(cls, like: tuple[Any, ...], of_a: Tensor, of_b: Tensor) -> FactorGradient:
+    def __new__(cls, like: tuple[Any, ...], factors: Factors, of_a: Tensor, of_b: Tensor) -> FactorGradient:
         size, dtype = like
-        made: Any = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=of_a.device)
-        made.of_a, made.of_b = of_a, of_b
+        strides = factors.parameter.stride()  # else autograd makes a copy
+        made: Any = Tensor._make_wrapper_subclass(cls, size, strides, dtype=dtype, device=of_a.device)
+        made.factors, made.of_a, made.of_b = factors, of_a, of_b
         return made
 
-    def __init__(self, like: tuple[Any, ...], of_a: Tensor, of_b: Tensor) -> None:
+    def __init__(self, like: tuple[Any, ...], factors: Factors, of_a: Tensor, of_b: Tensor) -> None:
         """Args:
         like: The delta's size and dtype.
+        factors: Whose gradients these are.
         of_a: `(rank, r)`.
         of_b: `(out_features, rank)`.
         """
@@ -80,15 +101,36 @@ class FactorGradient(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FactorGradient(of_a={self.of_a!r}, of_b={self.of_b!r})"
 
+    def check_of(self, owner: Any, of_a: Tensor | None) -> None:
+        """Raise `RuntimeError` if it is not of factors of this owner, or of another rank."""
+        if self.factors.owner is not owner or (of_a is not None and of_a.shape != self.of_a.shape):
+            raise RuntimeError(
+                "A delta's gradient was made for other factors than are stepped now: another paca.FactoredAdamW's, or "
+                "of another rank than was loaded. Set gradients to None (optimizer.zero_grad()), and make them anew."
+            )
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is _ATEN.add.Tensor and not isinstance(args[0], cls) and not kwargs:
+            args = args[::-1]
         kwargs, first = kwargs or {}, args[0]
+        if isinstance(first, cls) and func in cls._takes_the_deltas and _is_other(args[1]):
+            followed = first.factors.follow(args[1], first.of_a.dtype)
+            args = first, cls((first.shape, first.dtype), first.factors, *followed), *args[2:]
         if func in cls._by_factor and isinstance(first, cls) and not any(map(_is_other, args[1:])):
+            for x in args:
+                if isinstance(x, cls):
+                    x.check_of(first.factors.owner, first.of_a)
             of_a = func(*[x.of_a if isinstance(x, cls) else x for x in args], **kwargs)
             of_b = func(*[x.of_b if isinstance(x, cls) else x for x in args], **kwargs)
-            return first if of_a is first.of_a else cls((first.shape, first.dtype), of_a, of_b)
+            return first if of_a is first.of_a else cls((first.shape, first.dtype), first.factors, of_a, of_b)
+        if func is _ATEN.new_empty_strided.default and args[1] == list(first.shape):  # autograd, before it copies
+            return cls((first.shape, first.dtype), first.factors, *map(torch.empty_like, (first.of_a, first.of_b)))
+        if func is _ATEN._to_copy.default:  # the parts keep their dtype
+            parts = [part.to(kwargs.get("device") or part.device, copy=True) for part in (first.of_a, first.of_b)]
+            return cls((first.shape, kwargs.get("dtype") or first.dtype), first.factors, *parts)
         if func is _ATEN.linalg_vector_norm.default:
             order = args[1] if len(args) > 1 else 2
             norms = [torch.linalg.vector_norm(part, order) for part in (first.of_a, first.of_b)]
@@ -99,8 +141,8 @@ class FactorGradient(Tensor):
             return func(stored(first), *args[1:], **kwargs)
         raise RuntimeError(
             f"{func} was asked of a delta's gradient, of which there are only those of its two factors, as the "
-            "paca.FactoredAdamW that holds this delta steps those. Do without it, or train with another optimizer "
-            "after that one is gone (del)."
+            "paca.FactoredAdamW that holds this delta steps those. Do without it, hook the delta (register_hook), for "
+            "which its own is made, or train with another optimizer after that one is gone (del, gc.collect())."
         )
 
 

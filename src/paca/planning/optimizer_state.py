@@ -88,7 +88,7 @@ def gradient_of(parameter: Tensor) -> Tensor:
     if factors is None:
         return torch.empty_like(parameter)
     like = parameter.shape, parameter.dtype
-    return FactorGradient(like, torch.empty_like(factors.a), torch.empty_like(factors.b))
+    return FactorGradient(like, factors, torch.empty_like(factors.a), torch.empty_like(factors.b))
 
 
 def stepped(optimizer: str, trainable: Sequence[Tensor], of_factors: FactoredAdamW | None = None) -> Callable[[], None]:

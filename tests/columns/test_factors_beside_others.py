@@ -1,0 +1,137 @@
+"""Gradients of factors beside what else there is: other optimizers and gradients, copies, hooks, casts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import paca
+from factored_deltas import adapted, after_a_step, batch, of_the_factors, trained, twice
+
+
+def test_a_second_optimizer_of_the_same_deltas_changes_no_step_of_the_first() -> None:
+    (alone, optimizer), (model, first) = after_a_step(), after_a_step()
+    twice(model)
+    second = paca.FactoredAdamW(trained(model), rank=3, seed=5)
+    with pytest.raises(RuntimeError, match=r"another paca.FactoredAdamW's.*zero_grad"):
+        second.step()
+    model.zero_grad()
+    for one, its in ((alone, optimizer), (model, first)):
+        twice(one)
+        its.step()
+    torch.testing.assert_close(trained(model), trained(alone))
+    model.zero_grad()
+    del first, its
+    gc.collect()
+    twice(model)
+    assert len(of_the_factors(model)) == 2
+    second.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_copies_go_on_as_what_they_are_of(copied: Any, steps: int) -> None:
+    model = adapted()
+    both = model, paca.FactoredAdamW(trained(model), lr=0.1, rank=3, seed=7)
+    for one, optimizer in [both] * steps + [copied(both), both]:
+        optimizer.zero_grad()
+        twice(one)
+        optimizer.step()
+    again, other = copied(both)
+    for one, optimizer in (both, (again, other)):
+        optimizer.zero_grad()
+        twice(one)
+        assert len(of_the_factors(one)) == 2
+        optimizer.step()
+    assert all(map(torch.equal, trained(model), trained(again)))
+
+
+def test_a_loaded_state_takes_gradients_that_are_there() -> None:
+    (alone, expected), (model, optimizer) = after_a_step(), after_a_step()
+    for one in (alone, model):
+        twice(one)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    expected.step()
+    assert all(map(torch.equal, trained(model), trained(alone)))
+
+
+@pytest.mark.parametrize("order", ["before", "after", "beside"])
+def test_they_add_up_with_gradients_of_the_delta_itself(order: str) -> None:
+    """As compiled layers make them, and passes from before there was an optimizer of factors."""
+    (alone, expected), (model, optimizer) = after_a_step(), after_a_step()
+    other = adapted()
+    with torch.no_grad():
+        for one, its in zip(trained(model), trained(other), strict=True):
+            its.copy_(one)
+    other(batch(4)).square().sum().backward()
+    alone(batch(4)).square().sum().backward()
+    twice(alone)
+    expected.step()
+    own: list[Any] = [p.grad for p in trained(other)]
+    mine: list[Any] = trained(model)
+    if order == "before":
+        for p, gradient in zip(mine, own, strict=True):
+            p.grad = gradient
+    twice(model)
+    for p, gradient in zip(mine, own, strict=True):
+        if order == "after":
+            p.grad += gradient
+        elif order == "beside":
+            p.grad = gradient + p.grad
+    optimizer.step()
+    torch.testing.assert_close(trained(model), trained(alone))
+
+
+def test_what_looks_at_gradients_in_backward_passes_sees_the_deltas() -> None:
+    (alone, expected), (model, optimizer) = after_a_step(), after_a_step()
+    seen: list[torch.Tensor] = []
+    hooks = [p.register_hook(seen.append) for p in trained(model)]
+    for anomaly in (False, True):
+        twice(alone)
+        with torch.autograd.set_detect_anomaly(anomaly):
+            twice(model)
+        for its in (optimizer, expected):
+            its.step()
+            its.zero_grad()
+        for hook in hooks:
+            hook.remove()
+    assert [type(gradient) for gradient in seen] == [torch.Tensor] * 4
+    torch.testing.assert_close(trained(model), trained(alone))
+
+
+def test_values_are_clipped_and_gradients_follow_a_model_that_is_cast() -> None:
+    for foreach in (None, True):
+        model, _ = after_a_step()
+        twice(model)
+        expected = [part.clamp(-0.1, 0.1) for pair in of_the_factors(model) for part in pair]
+        torch.nn.utils.clip_grad_value_(trained(model), 0.1, foreach=foreach)
+        assert all(map(torch.equal, [part for pair in of_the_factors(model) for part in pair], expected))
+    model.float()
+    assert [p.grad.dtype for p in trained(model) if p.grad is not None] == [torch.float32] * 2
+
+
+def test_deltas_of_any_strides_have_them() -> None:
+    model = adapted()
+    for p in trained(model):
+        p.data = p.data.t().contiguous().t()
+    optimizer = paca.FactoredAdamW(trained(model), lr=0.1, rank=3)
+    twice(model)
+    optimizer.step()
+    assert len(of_the_factors(model)) == 2
+
+
+def test_a_group_whose_parameters_were_replaced_is_stepped_with_its_own() -> None:
+    model = adapted()
+    optimizer = paca.FactoredAdamW(trained(model), rank=3)
+    optimizer.param_groups[0]["params"] = trained(model)[1:]
+    for p in trained(model):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not trained(model)[0].any()
+    assert trained(model)[1].any()
