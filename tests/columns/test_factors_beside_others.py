@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -135,3 +136,29 @@ def test_a_group_whose_parameters_were_replaced_is_stepped_with_its_own() -> Non
     optimizer.step()
     assert not trained(model)[0].any()
     assert trained(model)[1].any()
+
+
+def test_gradients_that_are_there_keep_no_model() -> None:
+    model, optimizer = after_a_step()
+    twice(model)
+    kept = [weakref.ref(tensor) for p in trained(model) for tensor in (p, optimizer.state[p]["a"])]
+    del model, optimizer
+    gc.collect()
+    assert not any(tensor() is not None for tensor in kept)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda gradient: gradient.norm(dim=0),
+        lambda gradient: gradient.norm(p=0),
+        lambda gradient: gradient * gradient,
+        lambda gradient: gradient + 1.0,
+        lambda gradient: gradient.add_(torch.ones(())),
+    ],
+)
+def test_what_factors_do_not_tell_is_refused(asked: Any) -> None:
+    model, _ = after_a_step()
+    twice(model)
+    with pytest.raises(RuntimeError, match="only those of its two factors"):
+        asked(trained(model)[0].grad)

@@ -26,8 +26,8 @@ class Factors(NamedTuple):
     b: Tensor
     """`(out_features, rank)`."""
     scale: float
-    parameter: Tensor
-    """The delta."""
+    parameter: Any
+    """The delta. None of a gradient's factors, which would keep it, as it keeps its gradient."""
     owner: Any
     """Something of the optimizer that steps them, which no other has."""
 
@@ -43,7 +43,8 @@ class Factors(NamedTuple):
         both = scale * self.scale
         of_b = column_gradient(columns @ in_dtype(self.a, columns.dtype).t(), rows, both, self.b.dtype)
         of_a = column_gradient(columns, rows @ in_dtype(self.b, rows.dtype), both, self.a.dtype)
-        return FactorGradient((size, dtype), self, of_a, of_b)
+        like = size, self.parameter.stride(), dtype  # of other strides autograd makes a copy
+        return FactorGradient(like, self._replace(parameter=None), of_a, of_b)
 
     def follow(self, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The gradients of both, of their delta's; by products in `dtype`."""
@@ -66,14 +67,13 @@ class FactorGradient(Tensor):
     """`(out_features, rank)`."""
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    _sums: ClassVar[frozenset[Any]] = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.copy_.default})
     _by_factor: ClassVar[frozenset[Any]] = frozenset(
         {
-            *(_ATEN.detach.default, _ATEN.clone.default, _ATEN.zero_.default),
-            *(_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.copy_.default, _ATEN.clamp_.default),
+            *(_ATEN.detach.default, _ATEN.clone.default, _ATEN.zero_.default, _ATEN.clamp_.default),
             *(_ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.div.Tensor, _ATEN.div_.Tensor),
         }
     )
-    _takes_the_deltas: ClassVar[frozenset[Any]] = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.copy_.default})
     _of_lists: ClassVar[frozenset[Any]] = frozenset(
         {
             *(_ATEN._foreach_mul_.Tensor, _ATEN._foreach_mul_.Scalar, _ATEN._foreach_zero_.default),
@@ -84,15 +84,14 @@ class FactorGradient(Tensor):
 
     @staticmethod
     def __new__(cls, like: tuple[Any, ...], factors: Factors, of_a: Tensor, of_b: Tensor) -> FactorGradient:
-        size, dtype = like
-        strides = factors.parameter.stride()  # else autograd makes a copy
+        size, strides, dtype = like
         made: Any = Tensor._make_wrapper_subclass(cls, size, strides, dtype=dtype, device=of_a.device)
         made.factors, made.of_a, made.of_b = factors, of_a, of_b
         return made
 
     def __init__(self, like: tuple[Any, ...], factors: Factors, of_a: Tensor, of_b: Tensor) -> None:
         """Args:
-        like: The delta's size and dtype.
+        like: The delta's size, strides and dtype.
         factors: Whose gradients these are.
         of_a: `(rank, r)`.
         of_b: `(out_features, rank)`.
@@ -100,6 +99,11 @@ class FactorGradient(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FactorGradient(of_a={self.of_a!r}, of_b={self.of_b!r})"
+
+    def made_of(self, of_a: Tensor, of_b: Tensor, dtype: torch.dtype | None = None) -> FactorGradient:
+        """One of these parts: itself if they are its own, else as it is, or of `dtype`."""
+        like = self.shape, self.stride(), dtype or self.dtype
+        return self if of_a is self.of_a else FactorGradient(like, self.factors, of_a, of_b)
 
     def check_of(self, owner: Any, of_a: Tensor | None) -> None:
         """Raise `RuntimeError` if it is not of factors of this owner, or of another rank."""
@@ -116,27 +120,27 @@ class FactorGradient(Tensor):
         if func is _ATEN.add.Tensor and not isinstance(args[0], cls) and not kwargs:
             args = args[::-1]
         kwargs, first = kwargs or {}, args[0]
-        if isinstance(first, cls) and func in cls._takes_the_deltas and _is_other(args[1]):
-            followed = first.factors.follow(args[1], first.of_a.dtype)
-            args = first, cls((first.shape, first.dtype), first.factors, *followed), *args[2:]
-        if func in cls._by_factor and isinstance(first, cls) and not any(map(_is_other, args[1:])):
-            for x in args:
-                if isinstance(x, cls):
-                    x.check_of(first.factors.owner, first.of_a)
-            of_a = func(*[x.of_a if isinstance(x, cls) else x for x in args], **kwargs)
-            of_b = func(*[x.of_b if isinstance(x, cls) else x for x in args], **kwargs)
-            return first if of_a is first.of_a else cls((first.shape, first.dtype), first.factors, of_a, of_b)
+        if func in cls._sums and isinstance(first, cls) and isinstance(args[1], Tensor) and args[1].dim():
+            other = args[1]
+            if isinstance(other, cls):
+                other.check_of(first.factors.owner, first.of_a)
+            of_a, of_b = (
+                (other.of_a, other.of_b) if isinstance(other, cls) else first.factors.follow(other, first.of_a.dtype)
+            )
+            return first.made_of(func(first.of_a, of_a, **kwargs), func(first.of_b, of_b, **kwargs))
+        if func in cls._by_factor and isinstance(first, cls) and not any(map(_is_large, args[1:])):
+            return first.made_of(func(first.of_a, *args[1:], **kwargs), func(first.of_b, *args[1:], **kwargs))
         if func is _ATEN.new_empty_strided.default and args[1] == list(first.shape):  # autograd, before it copies
-            return cls((first.shape, first.dtype), first.factors, *map(torch.empty_like, (first.of_a, first.of_b)))
+            return first.made_of(torch.empty_like(first.of_a), torch.empty_like(first.of_b))
         if func is _ATEN._to_copy.default:  # the parts keep their dtype
             parts = [part.to(kwargs.get("device") or part.device, copy=True) for part in (first.of_a, first.of_b)]
-            return cls((first.shape, kwargs.get("dtype") or first.dtype), first.factors, *parts)
-        if func is _ATEN.linalg_vector_norm.default:
-            order = args[1] if len(args) > 1 else 2
-            norms = [torch.linalg.vector_norm(part, order) for part in (first.of_a, first.of_b)]
+            return first.made_of(*parts, dtype=kwargs.get("dtype"))
+        order = args[1] if len(args) == 2 else 2
+        if func is _ATEN.linalg_vector_norm.default and len(args) < 3 and order != 0:
+            norms = [torch.linalg.vector_norm(part, order, **kwargs) for part in (first.of_a, first.of_b)]
             return torch.linalg.vector_norm(torch.stack(norms), order)
-        if func is _ATEN._foreach_norm.Scalar:
-            return [torch.linalg.vector_norm(x, *args[1:]) for x in first]
+        if func is _ATEN._foreach_norm.Scalar and len(args) < 3:
+            return [torch.linalg.vector_norm(x, order, **kwargs) for x in first]
         if func in cls._of_lists:
             return func(stored(first), *args[1:], **kwargs)
         raise RuntimeError(
@@ -151,5 +155,5 @@ def stored(tensors: Iterable[Any]) -> list[Any]:
     return [part for x in tensors for part in ((x.of_a, x.of_b) if isinstance(x, FactorGradient) else (x,))]
 
 
-def _is_other(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and not isinstance(value, FactorGradient)
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

@@ -87,8 +87,10 @@ def gradient_of(parameter: Tensor) -> Tensor:
     factors = factors_of(parameter)
     if factors is None:
         return torch.empty_like(parameter)
-    like = parameter.shape, parameter.dtype
-    return FactorGradient(like, factors, torch.empty_like(factors.a), torch.empty_like(factors.b))
+    like = parameter.shape, parameter.stride(), parameter.dtype
+    return FactorGradient(
+        like, factors._replace(parameter=None), torch.empty_like(factors.a), torch.empty_like(factors.b)
+    )
 
 
 def stepped(optimizer: str, trainable: Sequence[Tensor], of_factors: FactoredAdamW | None = None) -> Callable[[], None]:
