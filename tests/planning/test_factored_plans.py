@@ -30,3 +30,9 @@ def test_gradients_are_those_of_the_factors(device: str) -> None:
     other = planned("adamw_torch_fused", device, gradient_accumulation=2)
     assert other.parts[GRADIENTS] == 2 * sum(4 * 32 * out for out in FEATURES)
     assert plan.flops < other.flops
+
+
+def test_several_processes_have_gradients_of_whole_deltas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan = planned("factored_adamw_4", "cpu", gradient_accumulation=2)
+    assert plan.parts[GRADIENTS] == 2 * sum(4 * 32 * out for out in FEATURES)

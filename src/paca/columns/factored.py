@@ -31,8 +31,8 @@ class FactoredAdamW(torch.optim.Optimizer):
     The backward pass of a linear layer makes gradients of the factors alone, which takes less time and memory than the
     delta's: `delta.grad` stands for both then. It is added to, scaled and clipped as LoRA's gradients are, and has no
     values of the delta's. Other kinds of layers, compiled ones and several processes (DDP) make the delta's, from which
-    those of the factors follow in the step; so do deltas that are hooked (`register_hook`), or that two of these
-    optimizers hold.
+    those of the factors follow in the step, and whose norm is what gradients are clipped by; so do deltas that are
+    hooked (`register_hook`), or that two of these optimizers hold.
 
     Parameters that are no deltas of PaCA, such as those of `modules_to_save`, are stepped by AdamW. A delta that is
     not zero at the first step, or that was written between two steps (an adapter is loaded over it), is kept as the

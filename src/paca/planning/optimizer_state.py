@@ -12,8 +12,9 @@ from torch import Tensor
 from paca.columns import factored
 from paca.columns.factored import FactoredAdamW, is_matrix, layer_of_delta
 from paca.functional.factored import FactorGradient
-from paca.functional.product import factors_of
+from paca.functional.product import FACTORED, factors_of
 from paca.messages.errors import PacaError
+from paca.messages.processes import launched_processes
 
 _TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
 _EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
@@ -79,6 +80,9 @@ def factoring(optimizer: str, trainable: Sequence[Tensor]) -> FactoredAdamW | No
     made = FactoredAdamW(trainable, lr=1e-3, rank=int(optimizer.removeprefix(_FACTORED)))
     with patch.object(factored, "is_trained", lambda delta: False):
         made.begin()
+    if launched_processes() > 1:  # which make the deltas' own
+        for parameter in trainable:
+            FACTORED.pop(id(parameter), None)
     return made
 
 
