@@ -113,7 +113,7 @@ def test_values_are_clipped_and_gradients_follow_a_model_that_is_cast() -> None:
         expected = [part.clamp(-0.1, 0.1) for pair in of_the_factors(model) for part in pair]
         torch.nn.utils.clip_grad_value_(trained(model), 0.1, foreach=foreach)
         assert all(map(torch.equal, [part for pair in of_the_factors(model) for part in pair], expected))
-    model.float()
+    model.float().share_memory()
     assert [p.grad.dtype for p in trained(model) if p.grad is not None] == [torch.float32] * 2
 
 
@@ -150,6 +150,7 @@ def test_gradients_that_are_there_keep_no_model() -> None:
 @pytest.mark.parametrize(
     "asked",
     [
+        lambda gradient: gradient.data_ptr(),
         lambda gradient: gradient.norm(dim=0),
         lambda gradient: gradient.norm(p=0),
         lambda gradient: gradient * gradient,

@@ -100,6 +100,16 @@ class FactorGradient(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FactorGradient(of_a={self.of_a!r}, of_b={self.of_b!r})"
 
+    def data_ptr(self) -> int:
+        """Refused: there is no memory of a delta's gradient, and kernels would be told that it is at 0."""
+        raise _refused("data_ptr")
+
+    def share_memory_(self) -> FactorGradient:
+        """As any tensor's."""
+        for part in (self.of_a, self.of_b):
+            part.share_memory_()
+        return self
+
     def made_of(self, of_a: Tensor, of_b: Tensor, dtype: torch.dtype | None = None) -> FactorGradient:
         """One of these parts: itself if they are its own, else as it is, or of `dtype`."""
         like = self.shape, self.stride(), dtype or self.dtype
@@ -143,11 +153,7 @@ class FactorGradient(Tensor):
             return [torch.linalg.vector_norm(x, order, **kwargs) for x in first]
         if func in cls._of_lists:
             return func(stored(first), *args[1:], **kwargs)
-        raise RuntimeError(
-            f"{func} was asked of a delta's gradient, of which there are only those of its two factors, as the "
-            "paca.FactoredAdamW that holds this delta steps those. Do without it, hook the delta (register_hook), for "
-            "which its own is made, or train with another optimizer after that one is gone (del, gc.collect())."
-        )
+        raise _refused(str(func))
 
 
 def stored(tensors: Iterable[Any]) -> list[Any]:
@@ -157,3 +163,11 @@ def stored(tensors: Iterable[Any]) -> list[Any]:
 
 def _is_large(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _refused(asked: str) -> RuntimeError:
+    return RuntimeError(
+        f"{asked} was asked of a delta's gradient, of which there are only those of its two factors, as the "
+        "paca.FactoredAdamW that holds this delta steps those. Do without it, hook the delta (register_hook), for "
+        "which its own is made, or train with another optimizer after that one is gone (del, gc.collect())."
+    )
