@@ -54,7 +54,8 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
         "score_before": score_of(summary, wanted, "before")[1],
         "loss": summary.get("eval_loss_after"),
         "loss_before": summary.get("eval_loss_before"),
-        "eval_examples": summary.get("data", {}).get("eval_examples"),
+        # Answers are also scored of examples that are too long for the loss.
+        "eval_examples": _side(summary, "after").get("examples") or summary.get("data", {}).get("eval_examples"),
         "steps": summary.get("steps"),
         "tokens": summary.get("tokens"),
         "tokens_per_second": summary.get("tokens_per_second"),

@@ -73,7 +73,8 @@ class Plan:
         if not train and not held_out:
             return self
         said = f"{train:,} training and {held_out:,} held-out examples are too long for train.max_length, and left out."
-        return replace(self, train_examples=self.train_examples - train, left_out=said)
+        held = None if self.eval_examples is None else self.eval_examples - held_out
+        return replace(self, train_examples=self.train_examples - train, eval_examples=held, left_out=said)
 
     def as_made(self, model: nn.Module) -> Plan:
         """The same run with the number of parameters that `model` trains, where data or weights share them out."""

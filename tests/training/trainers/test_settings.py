@@ -251,11 +251,17 @@ def test_texts_that_teach_nothing_may_be_left_out(workspace: Path, tmp_path: Pat
 def test_pairs_that_teach_nothing_may_be_left_out(workspace: Path, tmp_path: Path, name: str) -> None:
     records = [{"prompt": "a", "chosen": "b", "rejected": other} for other in ("c", "d", "b", "")]
     records.append({"prompt": "a" * 50, "chosen": "b", "rejected": "c"})
-    changed = ("train.max_length=20", "train.max_steps=1", "data.eval=null", f"output.dir={tmp_path / name}")
-    config = with_data(workspace, tmp_path, name, records, *changed, "data.unusable=leave_out")
+    held_out = [*records[:2], records[-1]]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in held_out))
+    changed = ("train.max_length=20", "train.max_steps=1", f"output.dir={tmp_path / name}")
+    changed += (f"data.eval={tmp_path / 'eval.jsonl'}", "data.unusable=leave_out")
+    config = with_data(workspace, tmp_path, name, records, *changed)
     text = io.StringIO()
     summary = train(config, console=Console(file=text, width=200)).summary
     assert summary is not None
-    assert summary["data"]["train_examples"] == 2
+    said = "1 training and 1 held-out examples are too long for train.max_length, and left out."
+    data = summary["data"]
+    assert (data["train_examples"], data["eval_examples"], data["left_out"]) == (2, 2, said)
+    assert summary["scores"]["after"]["examples"] == 2
     assert "2 left out, as nothing can be learned from them" in text.getvalue()
-    assert "1 training and 0 held-out examples are too long for train.max_length, and left out." in text.getvalue()
+    assert said in text.getvalue()

@@ -52,6 +52,7 @@ def summary_of(
             "sample": None if data.sample is None else data.sample.as_dict(),
             "train_examples": plan.train_examples,
             "eval_examples": plan.eval_examples,
+            "left_out": plan.left_out,
         },
         "trainer": kind.name,
         "method": {
