@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from paca.comparison.rows import row_of
 from paca.evaluation.own_data import scorer
-from paca.training import load_run_config, train
+from paca.training import RunResult, load_run_config, train
 from paca.training.folder.run_folder import RunFolder
 
 LONG = {"prompt": "x" * 200, "completion": "y"}
@@ -58,3 +59,17 @@ def test_a_run_is_judged_by_as_many_examples_as_its_score_has(tmp_path: Path, co
     row = row_of(RunFolder(result.folder), "paca")
     assert row is not None
     assert (result.summary["data"]["eval_examples"], row["eval_examples"]) == (6, 8)
+
+
+def test_all_held_out_examples_are_measured_where_training_drops_the_last_batch(
+    finished: Callable[..., RunResult],
+) -> None:
+    """Of 8 examples those beyond the first 5 were left out, and of none of 9 the run ended in a `KeyError`."""
+    losses = []
+    for size, drop in ((5, "false"), (5, "true"), (8, "false"), (9, "true")):
+        sizes = [f"train.per_device_eval_batch_size={size}", f"train.dataloader_drop_last={drop}"]
+        summary = finished("train.max_steps=1", *sizes).summary
+        assert summary is not None
+        losses.append((summary["eval_loss_before"], summary["eval_loss_after"]))
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]

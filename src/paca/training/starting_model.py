@@ -135,6 +135,7 @@ def finish_trainer(trainer: Any, config: RunConfig) -> None:
     follow_trainer(trainer.model)
     find_learned_cache(trainer.model)
     measure_base_first(trainer)
+    measure_last_batch(trainer)
     train_on_context(trainer)
     use_factors(trainer, config)
 
@@ -200,3 +201,24 @@ def measure_base_first(trainer: Any) -> None:
             return evaluate(*args, **options)
 
     trainer.evaluate = evaluate_base_first
+
+
+def measure_last_batch(trainer: Any) -> None:
+    """Let evaluations have all held-out examples: `dataloader_drop_last` is for batches that are trained on, and
+    transformers leaves out the last held-out ones as well.
+
+    Args:
+        trainer: Whose data loaders are yet to be made.
+    """
+    arguments, make = trainer.args, trainer.get_eval_dataloader
+    if not arguments.dataloader_drop_last:
+        return
+
+    def with_last_batch(*args: Any, **options: Any) -> Any:
+        arguments.dataloader_drop_last = False
+        try:
+            return make(*args, **options)
+        finally:
+            arguments.dataloader_drop_last = True
+
+    trainer.get_eval_dataloader = with_last_batch
