@@ -113,6 +113,25 @@ def test_an_accuracy_of_ties_is_left_out_before_training(workspace: Path, tmp_pa
     assert f"step 0: held-out loss {before['eval_loss']:.4f}\n" in shown.getvalue()
 
 
+def test_no_accuracy_of_ties_is_told_until_a_step_moves_the_weights(finished: Finished) -> None:
+    """Nor is it in the mean over logged steps: the first batch, of ties alone, counts as none right."""
+    told = {}
+    for name, changed in {
+        "each": (),
+        "warm-up": ("train.warmup_steps=2",),
+        "means": ("train.logging_steps=4", "train.eval_strategy=no", "train.save_strategy=no"),
+    }.items():
+        folder = finished("dpo", "train.learning_rate=1e-3", *changed).folder
+        rewards = [row for row in rows(folder) if "loss" in row and row["rewards/margins"] is not None]
+        told[name] = {row["step"]: row.get("rewards/accuracies") for row in rewards}
+        evaluated = [row["step"] for row in rows(folder) if "eval_rewards/accuracies" in row]
+        assert 0 not in evaluated
+        assert (1 in evaluated) == (name == "each")
+    assert [step for step, value in told["each"].items() if value is None] == [1]
+    assert [step for step, value in told["warm-up"].items() if value is None] == [1, 2]
+    assert told["means"][4] == pytest.approx(sum(told["each"][step] for step in (2, 3, 4)) / 3)
+
+
 def originals_of(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a run's base model, as a run of it loads them."""
     config = load_run_config(folder / "config.yaml")

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from paca.messages.disk import writing
 from paca.pretrained.whole_output import write_whole
+from paca.training.first_weights import unmoved
 from paca.training.memory import peak_memory
 
 _HOUSEKEEPING = {"epoch", "num_tokens", "num_input_tokens_seen", "step_time", "train_tokens_per_second"}
@@ -115,7 +116,7 @@ class RecordMetrics(TrainerCallback):
         """Args:
         log: What it writes.
         device: Whose memory it measures.
-        untold_before: A metric of evaluations that is left out before training, where it tells nothing.
+        untold_before: A metric of evaluations that is left out until the weights have moved, where it tells nothing.
         """
         self.log = log
         self.device = device
@@ -165,7 +166,7 @@ class RecordMetrics(TrainerCallback):
         elif "eval_loss" in logs:
             row: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
             row |= _metrics_of(logs)
-            if state.global_step == 0:
+            if unmoved(args, state):
                 row.pop(f"eval_{self.untold_before}", None)
             row["eval_seconds"] = logs.get("eval_runtime")
             row["seconds"] = round(self.seconds, 3)

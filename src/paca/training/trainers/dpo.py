@@ -19,6 +19,7 @@ from paca.data.tokens import Tokens, encode
 from paca.messages.errors import PacaError
 from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS, RATE_OF_WEIGHTS
 from paca.training.config.run_config import RunConfig
+from paca.training.first_weights import unmoved
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
 from paca.training.trainers.reference import load_reference, told_of_reference
@@ -26,7 +27,17 @@ from paca.training.trainers.weighed_batches import WeighsBatches
 
 
 class _DpoTrainer(WeighsBatches, DPOTrainer):  # type: ignore[misc]
-    """TRL's `DPOTrainer`, whose means over held-out data are over examples."""
+    """TRL's `DPOTrainer`, whose means over held-out data are over examples.
+
+    A batch that is trained on before the weights have moved has no accuracy: see `Dpo.scored_before`.
+    """
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which appends what it measures to lists whose means are logged."""
+        loss = super().compute_loss(model, *args, **kwargs)
+        if model.training and unmoved(self.args, self.state):
+            self._metrics["train"].pop(Dpo.score, None)
+        return loss
 
 
 class Dpo(TrainerKind):
@@ -39,7 +50,7 @@ class Dpo(TrainerKind):
     learning_rate = 1e-5  # ten times TRL's, which is for training in full
     rate_of_weights = RATE_OF_WEIGHTS / 10
     lora_rate_of_weights = LORA_RATE_OF_WEIGHTS / 10
-    score = "rewards/accuracies"
+    score: ClassVar[str] = "rewards/accuracies"
     scored_before = False  # the reference itself prefers neither: ties, of which TRL's accuracy counts none as right
 
     def read(self, config: RunConfig) -> RunData:

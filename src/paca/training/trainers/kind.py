@@ -83,7 +83,7 @@ class TrainerKind:
     score: ClassVar[str | None] = None
     """The metric of an evaluation that says how good the model is, besides its loss."""
     scored_before: ClassVar[bool] = True
-    """Whether that tells anything before training."""
+    """Whether that tells anything before the weights have moved."""
     lengths_known: ClassVar[bool] = True
     """Whether data tells how many tokens a model reads of an example."""
     probed: ClassVar[bool] = True
