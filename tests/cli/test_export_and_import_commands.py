@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import paca_command
 from cli.paca_process import forked_paca, fresh_paca
 from paca.cli.export import _prompts_form
 from paca.pretrained.generation import load_for_generation
@@ -55,6 +56,26 @@ def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
     how = "as a GGUF file, which llama.cpp's convert_hf_to_gguf.py makes of its folder: llama-cli -m MODEL.gguf"
     assert f"Use it with {run / 'base'} {how} --lora {output}" in done.stdout
     assert len(gguf.GGUFReader(output).tensors) == 28
+
+
+@pytest.mark.parametrize("command", ["merge", "export --to lora", "export --to gguf", "export --to peft"])
+def test_ctrl_c_while_it_writes_is_told_in_a_line_and_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    written: list[bool] = []
+
+    def interrupted(made: Path) -> None:
+        written.append(made.exists())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paca.pretrained.whole_output.sync", interrupted)
+    monkeypatch.setattr("sys.argv", ["paca", *command.split(), str(run), "--output", str(tmp_path / "out.gguf")])
+    with pytest.raises(SystemExit) as end:
+        paca_command.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "Stopped."
+    assert written == [True]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_said_of_llama_cpp_names_the_file_and_only_the_options_that_are_needed(tmp_path: Path) -> None:

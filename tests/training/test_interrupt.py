@@ -6,6 +6,8 @@ import io
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl, TrainingArguments
 
+from cli.paca_process import MAIN
+from forked_process import start_forked
 from paca.training import interrupt, load_run_config, run, train
 from paca.training.interrupt import StopOnSignal
 
@@ -120,3 +124,64 @@ def test_such_a_signal_stops_a_run_of_which_no_step_is_left(
     with pytest.raises(KeyboardInterrupt):
         train(config, resume=True, console=Console(quiet=True))
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+SLOW = """
+import os, sys
+os.setsid()  # as a shell does: Ctrl-C goes to all processes of a command
+sys.path.insert(0, "")
+import paca.data.tokens
+import slow_tokens
+paca.data.tokens._columns = slow_tokens.never
+"""
+NEVER = """
+import time
+from pathlib import Path
+
+def never(example, **options):
+    Path("begun").touch()
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_that_tokenize_stops_in_one_line(
+    config_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """It ended with tracebacks: of each worker, and of a `TimeoutError` of datasets as it went to look after them."""
+    settings = ("--set", "train.dataset_num_proc=2", "--set", "output.dir=run")
+    (tmp_path / "slow_tokens.py").write_text(NEVER)
+    process = start_forked(SLOW + MAIN, "train", config_file, *settings, streams=tmp_path, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists():
+        assert process.exitcode is None, (tmp_path / "stderr").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.killpg(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130
+    assert (tmp_path / "stderr").read_text() == ""
+    assert (tmp_path / "stdout").read_text() == f"Stopped at once. There is no checkpoint in {tmp_path / 'run'}.\n"
+    assert not (tmp_path / "run").exists()
+
+
+def fail_while_stopping() -> None:
+    try:
+        send()
+    finally:
+        raise TimeoutError
+
+
+def fail_later() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        send()
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(("fail", "told"), [(fail_while_stopping, KeyboardInterrupt), (fail_later, TimeoutError)])
+def test_only_what_failed_because_of_a_signal_is_taken_for_its_end(
+    fail: Callable[[], None], told: type[BaseException]
+) -> None:
+    with pytest.raises(told), StopOnSignal(lambda line: None):
+        fail()

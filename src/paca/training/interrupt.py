@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import threading
@@ -39,6 +40,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         """Whether training ended because of a signal."""
         self._training = False
+        self._process = os.getpid()
         self._received: set[int] = set()
         self._interrupted_at: float | None = None
         self._previous: dict[int, Any] = {}
@@ -60,8 +62,15 @@ class StopOnSignal(TrainerCallback):
         if self._announcer is not None:
             self._lines.put(None)
             self._announcer.join(timeout=1)
+        if isinstance(error, Exception) and self._interrupted_at is not None and _followed_interrupt(error):
+            raise KeyboardInterrupt from None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # one that tokenizes or loads data: this one, which forked it, ends it
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         # torchrun passes a Ctrl-C on as SIGTERM, so only the same signal twice means "at once".
         if not self._training or number in self._received:
             now = time.monotonic()
@@ -128,3 +137,12 @@ class StopOnSignal(TrainerCallback):
         flag = torch.tensor([int(received)], device=device)
         distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
         return bool(flag.item())
+
+
+def _followed_interrupt(error: BaseException) -> bool:
+    """Whether it was raised while a `KeyboardInterrupt` went up, as by datasets, which then asks its workers for what
+    they have not done yet."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, KeyboardInterrupt):
+        found = found.__cause__ or found.__context__
+    return found is not None
