@@ -18,10 +18,9 @@ echo "Collecting torch>=2.12 (from paca)"
 echo "  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (888.1 MB)"
 echo "Collecting types_PyYAML (from paca)"
 echo "  Downloading types_pyyaml-6.0-py3-none-any.whl (20 kB)"
-echo "Processing /wheels/numpy-2.4.6-cp311-cp311-linux_x86_64.whl (from paca)"
+echo "Requirement already satisfied: numpy in /somewhere"
 echo "Installing collected packages: torch, types-PyYAML, numpy"
 """
-"""Of pip 23; a newer one looks at all packages before it downloads any."""
 
 
 def make_install(folder: Path, pip: str) -> subprocess.CompletedProcess[str]:
@@ -40,19 +39,15 @@ def make_install(folder: Path, pip: str) -> subprocess.CompletedProcess[str]:
 def test_an_installation_says_how_long_it_takes_what_it_is_at_and_how_to_use_it(tmp_path: Path) -> None:
     done = make_install(tmp_path, PIP)
     assert done.returncode == 0, done.stderr
-    told, packages, unpacking, ready = done.stdout.splitlines()
+    told, *packages, ready = done.stdout.splitlines()
     assert "about two minutes, and up to ten" in told
-    assert packages == " torch (888.1 MB) types-PyYAML numpy"
-    assert unpacking == "All are here. Unpacking them takes another minute or two ..."
+    assert packages == [
+        "Collecting torch>=2.12 (from paca)",
+        "  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (888.1 MB)",
+        "Collecting types_PyYAML (from paca)",
+        "Installing collected packages: torch, types-PyYAML, numpy",
+    ]
     assert ready == "Ready. For paca on your path: . .venv/bin/activate"
-
-
-def test_many_packages_are_named_in_few_lines(tmp_path: Path) -> None:
-    pip = '#!/bin/sh\nfor n in $(seq 100 299); do echo "Collecting a-package$n>=1 (from paca)"; done\n'
-    lines = make_install(tmp_path, pip).stdout.splitlines()
-    assert " a-package299" in lines[-2]
-    assert len(lines) < 35
-    assert max(map(len, lines)) <= 120
 
 
 def test_an_installation_that_fails_ends_with_pips_message(tmp_path: Path) -> None:

@@ -29,55 +29,6 @@ else
 Install one (Debian, Ubuntu: apt install python3 python3-venv), or say where it is: make demo PYTHON=/path/to/python3"
 fi
 
-# What pip prints, in a few lines for a log: the packages as it finds them, with the sizes of large downloads, and then,
-# every 15 seconds, how many are unpacked, of which it says nothing itself.
-name_packages() {
-    local line name last= width=0 counter=
-    local found='^(Collecting |Processing .*/)([A-Za-z0-9._]+(-[A-Za-z][A-Za-z0-9_.]*)*)'
-    local download='Downloading ([^ ]*/)?([^ /-]+)-[^ ]*\.(whl|tar\.gz) (\([0-9]{2,}\.?[0-9]* MB\)|\([0-9.]+ GB\))'
-    while IFS= read -r line; do
-        if [[ $line =~ $found ]]; then
-            last=${BASH_REMATCH[2]//_/-}
-            add " $last"
-        elif [[ $line =~ $download ]]; then
-            name=${BASH_REMATCH[2]//_/-}
-            if [ "$name" != "$last" ]; then add " $name"; fi
-            add " ${BASH_REMATCH[4]}"
-        elif [[ $line == "Installing collected packages:"* ]]; then
-            printf '\nAll are here. Unpacking them takes another minute or two ...'
-            width=60
-            line=${line//[!,]/}
-            count_unpacked $((${#line} + 1)) &
-            counter=$!
-        fi
-    done
-    if [ -n "$counter" ]; then kill "$counter" 2>/dev/null || true; fi
-    printf '\n'
-}
-
-# A word of that list, on a new line where the last one is full.
-add() {
-    if [ $((width + ${#1})) -gt 110 ]; then
-        printf '\n'
-        width=0
-    fi
-    printf '%s' "$1"
-    width=$((width + ${#1}))
-}
-
-unpacked() {
-    find "$venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' 2>/dev/null | wc -l
-}
-
-count_unpacked() {
-    local before
-    before=$(unpacked || true)
-    # A sleep outlives what waits for it, and must keep no pipe open. This program may be gone: Ctrl-C is not for jobs.
-    while sleep 15 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
-        add " $(($(unpacked || true) - before)) of $1"
-    done
-}
-
 # A folder left by an interrupted set-up has no working pip; --clear starts it over.
 if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "Creating $venv with $("$python" --version) ..."
@@ -89,8 +40,9 @@ echo "Installing paca and what it needs into $venv: about two minutes, and up to
 failed="The installation failed; pip's message is above.
 Nothing else was changed: run the same command again once the cause is gone."
 install=("$venv/bin/python" -m pip install --editable '.[dev]')
-if [ -t 1 ]; then # bars and names for a person; what fails goes to standard error
+if [ -t 1 ]; then # bars and names for a person
     "${install[@]}" || fail "$failed"
-else
-    PYTHONUNBUFFERED=1 "${install[@]}" --progress-bar off | name_packages || fail "$failed"
+else # a line for each package in a log; what fails goes to standard error
+    PYTHONUNBUFFERED=1 "${install[@]}" --progress-bar off \
+        | awk '/^(Collecting|Installing) |MB\)$/ { print; fflush() }' || fail "$failed"
 fi
