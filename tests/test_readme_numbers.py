@@ -86,6 +86,14 @@ def test_losses_and_answers_are_those_of_their_pages(name: str, page: str, value
     assert row_of_table(name) == [[f"{found[method]:.3f}"] for method in (own, "lora", "lora-tuned")]
 
 
+def test_the_loss_of_factors_is_that_of_their_rows_of_three_seeds() -> None:
+    rows = ROOT / "benchmarks" / "quality" / "arc-gemma-long-time" / "factors.jsonl"
+    made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    losses = [row["loss"] for row in made if row["steps"] == 330]
+    assert len(losses) == 3
+    assert f"With Gemma [factors] of r 256 have {fmean(losses):.3f}." in TEXT
+
+
 def test_solved_problems_are_those_of_the_rows() -> None:
     answered: dict[str, list[float]] = defaultdict(list)
     with (ROOT / "benchmarks" / "quality" / "gsm8k-time" / "answers.csv").open(encoding="utf-8") as file:

@@ -43,6 +43,7 @@ install=("$venv/bin/python" -m pip install --editable '.[dev]')
 if [ -t 1 ]; then # bars and names for a person
     "${install[@]}" || fail "$failed"
 else # a line for each package in a log; what fails goes to standard error
-    PYTHONUNBUFFERED=1 "${install[@]}" --progress-bar off \
-        | awk '/^(Collecting|Installing) |MB\)$/ { print; fflush() }' || fail "$failed"
+    PYTHONUNBUFFERED=1 "${install[@]}" --progress-bar off | while IFS= read -r line; do # awk would hold lines back
+        case $line in Collecting\ * | Installing\ * | *MB\)) printf '%s\n' "$line" ;; esac
+    done || fail "$failed"
 fi
