@@ -9,7 +9,9 @@ import torch
 from architectures import config
 
 import paca
+from factored_deltas import adapted, trained
 from paca.planning import Setting, estimate
+from paca.planning.optimizer_state import step_temporaries
 from paca.planning.step_trace import GRADIENTS
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,3 +38,12 @@ def test_several_processes_have_gradients_of_whole_deltas(monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     plan = planned("factored_adamw_4", "cpu", gradient_accumulation=2)
     assert plan.parts[GRADIENTS] == 2 * sum(4 * 32 * out for out in FEATURES)
+
+
+def test_a_step_makes_gradients_of_factors_where_backward_passes_make_the_deltas() -> None:
+    deltas = trained(adapted())
+    made_in_the_step = step_temporaries("factored_adamw_3", "cpu", deltas)
+    optimizer = paca.FactoredAdamW(deltas, rank=3)
+    factors = sum(8 * 3 * sum(delta.shape) for delta in deltas)
+    assert step_temporaries("factored_adamw_3", "cpu", deltas) == made_in_the_step - factors
+    assert optimizer.state

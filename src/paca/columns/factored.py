@@ -94,7 +94,7 @@ class FactoredAdamW(torch.optim.Optimizer):
     def _hold(self) -> None:
         """Let backward passes know whose deltas' factors are stepped here."""
         numbered = enumerate(((p, group) for group in self.param_groups for p in group["params"]), 1)
-        self._held = [_Held(self, p, group, number) for number, (p, group) in numbered]
+        self._held = [_Parameter(self, p, group, number) for number, (p, group) in numbered]
         FACTORED.update({id(held.parameter): held for held in self._held})
 
     def begin(self) -> None:
@@ -178,7 +178,7 @@ class FactoredAdamW(torch.optim.Optimizer):
                     self.state[p].pop(name, None)
 
 
-class _Held:
+class _Parameter:
     """A parameter of a `FactoredAdamW`."""
 
     def __init__(self, optimizer: FactoredAdamW, parameter: Tensor, group: dict[str, Any], number: int) -> None:

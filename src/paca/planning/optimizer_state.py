@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paca.columns import factored
-from paca.columns.factored import FactoredAdamW, is_matrix, layer_of_delta
+from paca.columns.factored import FactoredAdamW, layer_of_delta
 from paca.functional.factored import FactorGradient
 from paca.functional.product import FACTORED, factors_of
 from paca.messages.errors import PacaError
@@ -64,7 +64,7 @@ def step_temporaries(optimizer: str, device: str, trainable: Sequence[Tensor]) -
     """Bytes that the optimizer's step allocates and frees again."""
     sizes = [p.numel() * p.element_size() for p in trainable]
     if optimizer.startswith(_FACTORED):  # denominators, and gradients that follow from a delta's; deltas one at a time
-        made = sum((1 if is_matrix(p) else 2) * _factors(optimizer, p) for p in trainable)
+        made = sum((2 if factors_of(p) is None else 1) * _factors(optimizer, p) for p in trainable)
         return made + 2 * max(sizes, default=0)
     if optimizer == "adamw_torch":
         # On CUDA its for-each form makes the denominators of all parameters at once, elsewhere of one at a time.
