@@ -1,6 +1,6 @@
-"""Compare simulated steps (`paca plan --on`) with published measurements, and write docs/notes/plan-on.md.
+"""Compare simulated steps (`paca plan --on`) with published measurements; `plan_on_page.py` makes the page of them.
 
-    python benchmarks/plan_on.py
+    python benchmarks/plan_on.py && python benchmarks/plan_on_page.py
 
 The published numbers are in `benchmarks/plan_on.csv`; nothing is measured here, and no device is needed. It takes some
 minutes. What was simulated goes into `benchmarks/plan_on_simulated.csv`, which the tests read.
@@ -240,8 +240,6 @@ def read_simulated() -> list[float]:
 
 
 def main() -> None:
-    import plan_on_page
-
     rows = published()
     numbers = []
     for row in rows:
@@ -252,7 +250,6 @@ def main() -> None:
         writer = csv.DictWriter(file, [*names, "simulated"], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({**asdict(row), "simulated": number} for row, number in zip(rows, numbers, strict=True))
-    plan_on_page.write()
 
 
 if __name__ == "__main__":

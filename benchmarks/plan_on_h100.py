@@ -1,8 +1,8 @@
 """Where PaCA would wait for the host on an H100, or be slower than a tuned LoRA: simulated, nothing is measured.
 
-    python benchmarks/plan_on_h100.py
+    python benchmarks/plan_on_h100.py && python benchmarks/plan_on_page.py
 
-Writes `benchmarks/plan_on_h100.csv` and its table into docs/notes/plan-on.md. It takes some minutes and no device.
+Writes `benchmarks/plan_on_h100.csv`; `plan_on_page.py` makes the page of it. It takes some minutes and no device.
 """
 
 from __future__ import annotations
@@ -109,8 +109,6 @@ def read_rows() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    import plan_on_page
-
     for case in CASES:
         for method in AGAINST:
             rows: list[dict[str, object]] = [{**row} for row in read_rows()]
@@ -124,7 +122,6 @@ def main() -> None:
                 writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-    plan_on_page.write()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Write docs/notes/plan-on.md from the rows of `plan_on.py` and `plan_on_h100.py`."""
+"""Write docs/notes/plan-on.md from the rows that `plan_on.py` and `plan_on_h100.py` left (seconds).
+
+    python benchmarks/plan_on_page.py
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ _HEAD = """# Simulated steps: how far they are off
 an L40S most simulated times are within 15 % of published ones, and memory within 10 %. For other devices the error is
 not known.
 
-**Nothing on this page was measured by us on a GPU.** `python benchmarks/plan_on.py` writes it, from
-`benchmarks/plan_on.csv` (published) and `benchmarks/plan_on_simulated.csv`.
+**Nothing on this page was measured by us on a GPU.** `python benchmarks/plan_on_page.py` writes it, from
+`benchmarks/plan_on.csv` (published) and what `plan_on.py` and `plan_on_h100.py` beside it simulate.
 
 ## How it works
 

@@ -3,9 +3,9 @@
 Python runs a package's `__init__` before any module in it, and ours imports torch, transformers and PEFT: seconds that
 `--help`, a misspelt option or a config that is not there need not cost. So this module, which lies outside the package,
 puts a module of that name and path in place, still empty, and the command line is imported through it. A command that
-begins its work calls `import_package`, which runs `paca/__init__` in that same module. Whoever imports `paca` in this
-process from then on, a model's own code too, gets the full package. Processes that are started from here run none of
-this: `import paca` is plain in them.
+begins its work calls `import_libraries` (`paca/cli/starting.py`), which runs `paca/__init__` in that same module.
+Whoever imports `paca` in this process from then on, a model's own code too, gets the full package. Processes that are
+started from here run none of this: `import paca` is plain in them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,6 @@ def enter_package() -> None:
         spec = find_spec("paca")  # without importing it
         assert spec is not None
         sys.modules["paca"] = module_from_spec(spec)
-
-
-def import_package() -> None:
-    """Make `paca` the full package, with PaCA registered with PEFT; does nothing where it is that already."""
-    enter_package()
-    package = sys.modules["paca"]
-    if not hasattr(package, "__all__"):
-        assert package.__spec__ is not None
-        assert package.__spec__.loader is not None
-        package.__spec__.loader.exec_module(package)
 
 
 if __name__ == "__main__":

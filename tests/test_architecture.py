@@ -139,6 +139,11 @@ def test_rooms_are_folders_and_arrows_are_imports_of_every_kind(tmp_path):
     }
 
 
+def test_nothing_but_a_program_of_its_own_imports_the_program_which_leads_to_all():
+    importing = [path for path in SOURCE.rglob("*.py") if "paca_command import" in path.read_text(encoding="utf-8")]
+    assert [path.relative_to(SOURCE).as_posix() for path in importing] == ["cli/train_counting_memory.py"]
+
+
 def test_the_picture_leaves_out_what_follows_and_what_all_may_use():
     arrows = {"top": ("bottom", "messages", "middle"), "middle": ("bottom",), "bottom": ("messages",), "messages": ()}
     assert levels_of(arrows) == {"messages": 0, "bottom": 1, "middle": 2, "top": 3}

@@ -122,7 +122,7 @@ def test_the_error_of_an_import_stays_what_it_was(tmp_path: Path) -> None:
 
 PROGRAM = """
     import sys
-    from paca_command import import_package, main
+    from paca_command import main
     sys.argv = ["paca", "--version"]
     try:
         main()
@@ -130,11 +130,12 @@ PROGRAM = """
         assert not error.code, error
     assert "peft" not in sys.modules
     import paca
+    from paca.cli.starting import import_libraries
     assert not hasattr(paca, "PacaConfig")  # else there is nothing to see below
-    import_package()
+    import_libraries()
     assert sys.modules["paca"] is paca and sys.modules["paca.cli"] is paca.cli
     version = paca.__version__
-    import_package()  # the second time does nothing
+    import_libraries()  # the second time does nothing
     assert paca.__version__ is version
 """
 

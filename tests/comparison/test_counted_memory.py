@@ -13,11 +13,11 @@ from forked_process import run_forked
 from paca.comparison import counted_memory
 from training.tiny_run import save_workspace
 
-PROGRAM = "import runpy\nrunpy.run_module('paca.comparison.counted_memory', run_name='__main__', alter_sys=True)"
+PROGRAM = "import runpy\nrunpy.run_module('paca.cli.train_counting_memory', run_name='__main__', alter_sys=True)"
 
 
 def test_the_program_is_the_module() -> None:
-    assert counted_memory.PROGRAM[1:] == ("-m", "paca.comparison.counted_memory")
+    assert counted_memory.PROGRAM[1:] == ("-m", "paca.cli.train_counting_memory")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +15,6 @@ from rich.console import Console
 
 from paca.messages.import_notes import NOTING
 from paca.messages.shown import printable
-from paca_command import import_package
 
 ON_A_FREE_MACHINE, ON_A_BUSY_ONE = "50000", "10000"
 
@@ -26,9 +26,14 @@ def loading_libraries() -> AbstractContextManager[object]:
 
 
 def import_libraries() -> None:
-    """`import_package`, with that line."""
-    with loading_libraries():
-        import_package()
+    """Make `paca` the full package, with PaCA registered with PEFT; with that line. Does nothing where it is that
+    already (`src/paca_command.py` says why it need not be)."""
+    package = sys.modules["paca"]
+    if not hasattr(package, "__all__"):
+        assert package.__spec__ is not None
+        assert package.__spec__.loader is not None
+        with loading_libraries():
+            package.__spec__.loader.exec_module(package)
 
 
 def hide_library_notes() -> None:

@@ -1,15 +1,10 @@
-"""`paca train` with its tensors' bytes counted: on a CPU, resident sets of equal runs differ by more than methods do.
-
-`python -m paca.comparison.counted_memory train CONFIG` trains as `paca train CONFIG --probe` does: on the longest batch
-first, as a few steps of a run need not meet one. Beside the YAML it leaves a JSON file with the most bytes that the
-tensors had at a time, weights included, from the first pass in training on. (What is loaded before may take more.)
-"""
+"""The bytes of a training's tensors, counted: on a CPU, resident sets of equal runs differ by more than methods do."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from paca.pretrained.whole_output import write_whole
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.trainers import trainer_kind
-from paca_command import main as train
 
-PROGRAM = (sys.executable, "-m", "paca.comparison.counted_memory")
+PROGRAM = (sys.executable, "-m", "paca.cli.train_counting_memory")
 _FIRST_PASS = "paca: the first pass in training"
 
 
@@ -32,8 +26,16 @@ def peak_of(config: Path) -> int:
     return json.loads(peak_file(config).read_text(encoding="utf-8"))["peak_bytes"]
 
 
-def _main() -> None:
-    config = Path(sys.argv[2])
+def count(train: Callable[[], None], config: Path) -> None:
+    """Train with this YAML, and leave what was counted in a JSON file beside it.
+
+    That is the most bytes that the tensors had at a time, weights included, from the first pass in training on. (What
+    is loaded before may take more.) The longest batch comes first, as a few steps of a run need not meet it.
+
+    Args:
+        train: Runs `paca train` as `sys.argv` has it.
+        config: The YAML named there.
+    """
     peak_file(config).unlink(missing_ok=True)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     if trainer_kind(read_yaml(config)[0].get("train", {})).probed:
@@ -76,7 +78,3 @@ def _events(tree: list[Any]) -> Iterator[Any]:
 def peak_file(config: Path) -> Path:
     """Where that is left."""
     return config.with_name(f"{config.stem}-counted_memory.json")
-
-
-if __name__ == "__main__":
-    _main()
