@@ -1,6 +1,6 @@
 """Write docs/notes/plan-on.md from the rows that `plan_on.py` and `plan_on_h100.py` left (seconds).
 
-    python benchmarks/plan_on_page.py
+python benchmarks/plan_on_page.py
 """
 
 from __future__ import annotations
