@@ -509,14 +509,17 @@ STEPPING = {
 }
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, paca.FactoredAdamW])
 @pytest.mark.parametrize("case", STEPPING)
-def test_nothing_waits_for_the_device_in_a_training_step(case):
+def test_nothing_waits_for_the_device_in_a_training_step(case, optimizer_class):
     model = STEPPING[case]()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer_class(trained, lr=0.01)
 
     def step():
         result = model(input_ids=tokens())
         (result if isinstance(result, torch.Tensor) else result.logits).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

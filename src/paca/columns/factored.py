@@ -221,7 +221,7 @@ class _Parameter:
 
 def is_matrix(parameter: Tensor) -> bool:
     """Whether it is the delta of a linear layer."""
-    layer = layer_of_delta(parameter)
+    layer = layer_of_delta(parameter) if parameter.dim() == 2 else None  # experts' have a third dimension
     return layer is not None and isinstance(layer.base_layer.product(), LinearProduct)
 
 
