@@ -39,6 +39,19 @@ def test_a_first_run_trains_and_is_planned(family: str, tmp_path: Path) -> None:
     assert ("num_experts" in loaded) == ("num_experts" in saved)
 
 
+def test_a_run_of_experts_says_which_it_adapts_and_takes_factors(tmp_path: Path) -> None:
+    named = "target_parameters=[experts.down_proj, experts.gate_up_proj]"
+    config = write_first_run("mixtral", tmp_path)
+    of_lora = ["paca=null", f"lora.{named}", "lora.target_modules=[]", "lora.lora_dropout=0"]
+    changed = [f"paca.{named}", "paca.target_modules=[q_proj]", "train.factor_rank=1"]
+    for overrides, targets, layers in ((of_lora, [], 2), (changed, ["q_proj"], 3)):
+        plan = describe(load_run_config(config, overrides))
+        assert plan.targets == [*targets, "experts.gate_up_proj", "experts.down_proj"]
+        assert plan.adapted_layers == 2 * layers
+    result = train(load_run_config(config, changed), console=Console(quiet=True))
+    assert result.summary["eval_loss_after"] < result.summary["eval_loss_before"]
+
+
 PART = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {**PART, "image_size": 32, "patch_size": 16}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +126,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     config.adapter = adapter_settings.with_defaults(method, config.adapter)
     processes = launched_processes()
     steps = _steps(config, given, len(train.dataset), processes)
-    layers = getattr(adapted.base_model, "targeted_module_names", []) if method != "full" else []
+    layers = _adapted_layers(adapted.base_model) if method != "full" else []
     sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data = kind.shape(config, data, whole=whole)
@@ -157,7 +156,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
         parameters=parameters,
         trainable_parameters=trained,
         method=adapter_settings.method_name(method, config.adapter),
-        targets=list(dict.fromkeys(re.sub(r"^.*\.", "", name) for name in layers)),  # in the order of the model
+        targets=list(dict.fromkeys(layers)),  # in the order of the model
         adapted_layers=len(layers),
         experts=told_of_experts(model, method, config.adapter),
         rate_rule=f"auto: {rule}" if automatic else f"auto would be {rate:g}",
@@ -210,6 +209,12 @@ def _steps(
     if sure and config.adapter.get("peft_type") == "ADALORA":
         check_budget(config.adapter["tinit"], config.adapter["tfinal"], config.adapter.get("total_step") or steps)
     return steps
+
+
+def _adapted_layers(model: Any) -> list[str]:
+    """What PEFT adapts, in words: each layer by its name in its block, stacks of experts with their module's."""
+    modules, stacks = (getattr(model, f"targeted_{kind}_names", []) for kind in ("module", "parameter"))
+    return [".".join(name.split(".")[-parts:]) for names, parts in ((modules, 1), (stacks, 2)) for name in names]
 
 
 def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str | None) -> PlannedModel:
