@@ -53,8 +53,9 @@ def run_on_copy(module: Any, x: Tensor, lent: Tensor) -> Tensor:
 
 def has_others(module: Any, traced: Trained) -> bool:
     """Whether others are in the place of a layer's delta while a graph is traced (`functional_call` within it). Asked
-    of one alone: a graph that looked at several would be compiled again after a switch, by which gradients move."""
-    owner = module.owner()
+    of one alone: a graph that looked at several would be compiled again after a switch, by which gradients move. And
+    not while it is exported, when others stand for its own."""
+    owner = None if torch.compiler.is_exporting() else module.owner()
     deltas = {} if owner is None else owner._modules["paca_delta"]._parameters
     return len(deltas) == len(traced.deltas) == 1 and next(iter(deltas.values())) is not traced.deltas[0]
 
