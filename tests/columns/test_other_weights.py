@@ -320,6 +320,19 @@ def test_two_models_may_share_a_weight_one_at_a_time():
     assert torch.equal(one(x), want)
 
 
+def test_two_models_may_not_share_a_weight_that_has_moved_since():
+    """It goes to other memory while a state dict holds the pretrained one."""
+    first, second = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    second[0].weight, x = first[0].weight, torch.randn(3, 8)
+    one = adapt(first, indices={"0": [0, 1]}, target_modules=["0"])
+    held = one.state_dict()
+    want = one(x)
+    with pytest.raises(RuntimeError, match="share one weight"):
+        adapt(second, indices={"0": [5, 6]}, target_modules=["0"])
+    del held
+    assert torch.equal(one(x), want)
+
+
 @pytest.mark.parametrize("parked", [False, True])
 def test_a_snapshot_of_the_parameters_is_not_loaded_over_the_base(parked):
     """`named_parameters` shows columns, which counted twice then; the base was lost."""

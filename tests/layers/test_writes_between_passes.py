@@ -160,6 +160,22 @@ def learner() -> PeftModel:
     return get_peft_model(Learner(), config)
 
 
+def test_memory_that_is_replaced_twice_between_two_passes_counts() -> None:
+    """The second may get the address of the first, which the weights still hold."""
+    model = adapted()
+    with torch.no_grad():
+        for _ in range(20):
+            loss_of(model)
+            deltas = [layer.paca_delta["A"] for layer in paca_layers(model)]
+            for delta in deltas:
+                delta.data = torch.zeros_like(delta)
+            for delta in deltas:
+                delta.data = delta.data + torch.randn_like(delta)
+            found = loss_of(model)
+            paca.refresh(model)
+            assert torch.equal(found, loss_of(model))
+
+
 def test_deltas_that_the_model_itself_replaces_count_and_get_their_gradients() -> None:
     model = learner()
     inner = model.base_model.model

@@ -30,7 +30,7 @@ def compare_values(columns: ActiveColumns, state: State) -> None:
         if not columns.is_current(c):
             del columns.values_seen[name]
         elif before is not None and _is_there(c) and not torch.equal(_fingerprint(c.delta), before):
-            columns.changed(name)
+            columns.written(c)
 
 
 def _is_there(columns: AdapterColumns) -> bool:

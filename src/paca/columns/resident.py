@@ -160,7 +160,7 @@ class ResidentColumns(ActiveColumns):
         place = weight.untyped_storage()._cdata, int(weight.storage_offset())
         if (other := _CLAIMS.get(place)) not in (None, self) and other.state.columns and other._left_as[1] == place[0]:
             not_whole.refuse_shared(weight, other.state.columns)
-        _CLAIMS[place], self.memory = self, StorageWeakRef(weight.untyped_storage())
+        self._claim(weight)
         self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None
         if any(c.folded is not None for c in columns):
@@ -168,6 +168,10 @@ class ResidentColumns(ActiveColumns):
             self._part_from_shared(weight)
             self.half_written = True
             put_folded(self._folded, weight, self.dim, columns)
+
+    def _claim(self, weight: Tensor) -> None:
+        place = weight.untyped_storage()._cdata, int(weight.storage_offset())
+        _CLAIMS[place], self.memory = self, StorageWeakRef(weight.untyped_storage())
 
     def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
         """The columns that a park took out, if `state` is what they were of, else None. They go back as they were:
@@ -195,7 +199,7 @@ class ResidentColumns(ActiveColumns):
                 sums = sum_of(self.kept, state.columns, self.dim).to(columns.dtype)
                 if not Kept(self.kept.positions, columns).equal(sums):
                     for c in state.columns:
-                        self.changed(c.name)
+                        self.written(c)
             if self.values_seen:  # in mixed batches
                 compare_values(self, State((), self.base))
 
@@ -233,6 +237,7 @@ class ResidentColumns(ActiveColumns):
         if sent or (self._shared and users_of_memory(weight) > users_of_memory(torch.empty(1))):
             with torch.inference_mode(weight.is_inference()):
                 weight.data = weight.data.clone()
+            self._claim(weight)
         self._shared = self._sent = False
 
     def _current(self, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from paca.columns import lost
 from paca.columns.folded import Folded
@@ -77,9 +78,14 @@ class State:
         # With the tensors themselves: others may take their place for a while (torch.func.functional_call).
         self.key = (base, tuple([(c.name, c.revision, c.scale, id(c.indices), id(c.parameter)) for c in columns]))
         self._tag: Tensor | None = None
-        # Every tensor that has a version counter, with its version: flat, since it is compared often.
+        # Every tensor that has a version counter, with its version: flat, since it is compared often. And what keeps
+        # the address of its memory from others: `.data =` twice could get it again.
         tensors = [t for c in columns for t in (c.delta, c.indices, c.source) if t is not None]
-        self.watched = [(t, t._version, memory_id(t)) for t in tensors if not t.is_inference()]
+        self.watched = [
+            (t, t._version, memory := memory_id(t), StorageWeakRef(t.untyped_storage()) if memory else None)
+            for t in tensors
+            if not t.is_inference()
+        ]
         # Where columns lie: trained ones anywhere by their indices, folded ones as they are scaled.
         self.places = [
             (id(c.indices), version_of(c.indices, c.revision), c.folded, c.folded and c.scale) for c in columns
@@ -93,14 +99,14 @@ class State:
 
     def unchanged(self) -> bool:
         """Whether no tensor was changed in place since, as far as version counters tell."""
-        for tensor, version, memory in self.watched:
+        for tensor, version, memory, _ in self.watched:
             if tensor._version != version or memory_id(tensor) != memory:
                 return False
         return True
 
     def moved(self) -> list[AdapterColumns]:
         """Those whose tensors were changed in place since, as far as version counters tell."""
-        changed = {id(t) for t, version, memory in self.watched if t._version != version or memory_id(t) != memory}
+        changed = {id(t) for t, version, memory, _ in self.watched if t._version != version or memory_id(t) != memory}
         return [c for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
     @property
@@ -181,6 +187,12 @@ class ActiveColumns:
         """Note that the columns of an adapter changed: backward passes that are pending can't have them any more."""
         self.revisions[name] = next(_REVISIONS)
 
+    def written(self, columns: AdapterColumns) -> None:
+        """Note a write that the delta's version counter may not show, and let it: `FactoredAdamW` looks there."""
+        self.changed(columns.name)
+        if columns.source is None and not columns.delta.is_inference():
+            torch.autograd.graph.increment_version(columns.delta)
+
     def accounted(self) -> None:
         """Note a step of an active adapter: another's, that nobody saw, would not show beside it any more."""
         state = self.state if self.state.columns or self.parked is None else self.parked[0]
@@ -202,7 +214,7 @@ class ActiveColumns:
         """Move the revisions of adapters whose version counters show a change, also of those that are parked now."""
         for state in (self.state, *itertools.chain.from_iterable(self._first_passes.values())):
             for c in filter(self.is_current, state.moved()):
-                self.changed(c.name)
+                self.written(c)
 
     def note_forward(self, state: State | None = None) -> None:
         """Note a forward pass with `state`, or the present one. Raises if it repeats a pass that ran with others."""

@@ -35,5 +35,5 @@ def _doubt_unwritten(layer: PacaLayer) -> None:
     held = columns.parked[0] if columns.parked is not None else columns.state
     written = {id(c.parameter) for c in held.columns}
     for name in layer.paca_delta:
-        if id(layer.columns_of(name).parameter) not in written:
-            columns.changed(name)
+        if id((its := layer.columns_of(name)).parameter) not in written:
+            columns.written(its)
