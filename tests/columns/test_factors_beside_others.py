@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import paca
 from factored_deltas import adapted, after_a_step, batch, of_the_factors, trained, twice
@@ -50,6 +51,47 @@ def test_copies_go_on_as_what_they_are_of(copied: Any, steps: int) -> None:
         assert len(of_the_factors(one)) == 2
         optimizer.step()
     assert all(map(torch.equal, trained(model), trained(again)))
+
+
+def write_in_place(model: Any) -> None:
+    with torch.no_grad():
+        for delta in trained(model):
+            delta.add_(1.0)
+
+
+def write_through_data(model: Any) -> None:
+    for delta in trained(model):
+        delta.data.add_(1.0)
+    paca.refresh(model)
+
+
+def give_other_memory(model: Any) -> None:
+    vector_to_parameters(parameters_to_vector(trained(model)) + 1, trained(model))
+
+
+def check_that_a_step_keeps_values(model: Any, optimizer: Any) -> None:
+    want = [delta.detach().clone() for delta in trained(model)]
+    optimizer.param_groups[0]["lr"] = 0.0
+    twice(model)
+    optimizer.step()
+    torch.testing.assert_close([delta.detach() for delta in trained(model)], want)
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_through_data, give_other_memory])
+def test_a_delta_that_was_written_keeps_its_values_in_the_next_step(write: Any) -> None:
+    model, optimizer = after_a_step()
+    write(model)
+    model(batch())
+    check_that_a_step_keeps_values(model, optimizer)
+
+
+def test_so_does_a_copy_of_one_that_was_written() -> None:
+    """It counts its versions anew."""
+    model = adapted()
+    optimizer = paca.FactoredAdamW(trained(model), rank=3)
+    optimizer.begin()
+    write_in_place(model)
+    check_that_a_step_keeps_values(*copy.deepcopy((model, optimizer)))
 
 
 def test_a_loaded_state_takes_gradients_that_are_there() -> None:

@@ -89,6 +89,8 @@ class FactoredAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for its in self.state.values():  # a copied parameter counts its versions anew
+            its.pop("version", None)
         self._hold()
 
     def _hold(self) -> None:
@@ -115,7 +117,7 @@ class FactoredAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         ours = [p for group in self.param_groups for p in group["params"]]
-        if not self.state and all(layer_of_delta(p) is None for p in ours):
+        if not self.state and not any(map(layer_of_delta, ours)):
             raise ValueError(
                 "FactoredAdamW holds no delta of PaCA, so it has nothing to factor: its parameters are copies (of "
                 "DeepSpeed, or in another dtype), or another method's. Give it the adapted model's, or take AdamW."
