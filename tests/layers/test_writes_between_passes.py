@@ -160,6 +160,33 @@ def learner() -> PeftModel:
     return get_peft_model(Learner(), config)
 
 
+@pytest.mark.parametrize("how", ["in place", "other memory", "load_state_dict"])
+def test_a_write_between_two_mixed_batches_ends_no_loss_of_the_second(how: str) -> None:
+    """It was refused, as though the write had come after its forward pass."""
+    model, names = adapted().eval(), ["A", "B", "__base__"]
+    deltas = [layer.paca_delta["B"] for layer in paca_layers(model)]
+    for delta in deltas:
+        delta.requires_grad_(True)
+    x = torch.ones(3, 16, dtype=torch.float64)
+    model(x, adapter_names=names).square().sum().backward()
+    for delta in deltas:
+        delta.grad = None
+        if how == "other memory":
+            delta.data = delta.data + 1
+        elif how == "in place":
+            with torch.no_grad():
+                delta.add_(1)
+    if how == "load_state_dict":
+        state = {name: value + 1 for name, value in model.state_dict().items() if "delta.B" in name}
+        model.load_state_dict(state, strict=False)
+    model(x, adapter_names=names).square().sum().backward()
+    found = [delta.grad.clone() for delta in deltas if delta.grad is not None]
+    model.base_model.set_adapter("B")
+    model.zero_grad()
+    model(x[:1]).square().sum().backward()
+    torch.testing.assert_close(found, [delta.grad for delta in deltas])
+
+
 def test_memory_that_is_replaced_twice_between_two_passes_counts() -> None:
     """The second may get the address of the first, which the weights still hold."""
     model = adapted()

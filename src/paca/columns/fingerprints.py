@@ -17,7 +17,7 @@ def note_values(columns: ActiveColumns, state: State) -> None:
     for c in state.columns if may_be_recorded() else ():
         noted: AdapterColumns | None = columns.values_seen.get(c.name, (None,))[0]
         if noted is None or noted.revision != c.revision or noted.delta is not c.delta:
-            columns.values_seen[c.name] = c, _fingerprint(c.delta) if _is_there(c) else None
+            columns.values_seen[c.name] = c, _fingerprint(c.delta) if _is_there(c) else None, state
 
 
 def compare_values(columns: ActiveColumns, state: State) -> None:
@@ -26,7 +26,7 @@ def compare_values(columns: ActiveColumns, state: State) -> None:
     for c in state.columns:
         if c.name not in columns.values_seen and columns.is_current(c):
             columns.changed(c.name)
-    for name, (c, before) in list(columns.values_seen.items()):
+    for name, (c, before, _) in list(columns.values_seen.items()):
         if not columns.is_current(c):
             del columns.values_seen[name]
         elif before is not None and _is_there(c) and not torch.equal(_fingerprint(c.delta), before):

@@ -212,7 +212,8 @@ class ActiveColumns:
 
     def notice(self) -> None:
         """Move the revisions of adapters whose version counters show a change, also of those that are parked now."""
-        for state in (self.state, *itertools.chain.from_iterable(self._first_passes.values())):
+        seen = [state for *_, state in list(self.values_seen.values())]  # another thread may note one
+        for state in (self.state, *seen, *itertools.chain.from_iterable(self._first_passes.values())):
             for c in filter(self.is_current, state.moved()):
                 self.written(c)
 

@@ -208,6 +208,7 @@ class PeftCalls(BaseTunerLayer):
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
         rows = self.rows_of(x, batch)
+        active.notice()
         state = State(tuple(self.columns_of(name) for name in rows), active.base)
         trained = trained_through(state, self.paca_delta)._replace(rows=tuple(rows.values()))
         source = AddedPass(active, state, batch.tag)
