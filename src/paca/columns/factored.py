@@ -89,7 +89,7 @@ class FactoredAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for its in self.state.values():  # a copied parameter counts its versions anew
+        for its in self.state.values():  # a parameter that was copied, or saved, counts its versions anew
             its.pop("version", None)
         self._hold()
 
@@ -176,8 +176,6 @@ class FactoredAdamW(torch.optim.Optimizer):
             for name, value in kept.get(key, {}).items():
                 if name.startswith(_FACTORS):
                     self.state[p][name] = value.to(p.device, copy=True)
-                elif name == "version":  # of the parameter that it was saved with
-                    self.state[p].pop(name, None)
 
 
 class _Parameter:

@@ -12,8 +12,8 @@ from paca.columns.folded import Folded, common, split, union_of
 from paca.columns.kept import Kept, holds, positions_of, sum_of
 from paca.columns.lost import names_of
 from paca.columns.not_whole import refuse_overwritten
-from paca.columns.resident import WRITING, ResidentColumns, identity
-from paca.columns.state import ALONE, AdapterColumns, State
+from paca.columns.resident import WRITING, ResidentColumns
+from paca.columns.state import ALONE, AdapterColumns, State, identity
 from paca.functional.column_blocks import put_columns
 
 

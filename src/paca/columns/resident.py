@@ -20,8 +20,8 @@ from paca.columns.fingerprints import compare_values
 from paca.columns.folded_in_weight import originals_of_folded, pieces, put_folded
 from paca.columns.kept import Kept, add_scaled, holds, oriented, positions_of, sum_of
 from paca.columns.other_weights import find_out
-from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, is_sharded
-from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns, version_of
+from paca.columns.state import ALONE, FOR_NOW, THREAD, ActiveColumns, AdapterColumns, State, identity, is_sharded
+from paca.functional.column_blocks import blocks_in, blocks_of, put_columns, read_columns
 from paca.functional.product import Trained
 
 _CLAIMS: weakref.WeakValueDictionary[tuple[int, int], Any] = weakref.WeakValueDictionary()  # by memory and offset in it
@@ -41,8 +41,7 @@ class ResidentColumns(ActiveColumns):
         self._folded: Kept | None = None  # those of folded columns beneath them, on the CPU
         self._parked_for_now = False
         self.half_written = False  # a write began, and did not end: another thread is at it, or an exception came
-        self._left_as: tuple[int, int] | None = None  # the weight's version and memory as we left them
-        self.memory: Any = None  # holds the address of that memory, so that no other gets it
+        self.memory: Any = None  # holds the address of the weight's memory, so that no other gets it
         self._shared = False  # a state dict got the weight's memory, and may have it still
         self._sent = True  # another process may have it, as torch.multiprocessing shares it
 
@@ -90,10 +89,6 @@ class ResidentColumns(ActiveColumns):
             if self.revisions.get(c.name, 0) != c.revision or c.name not in self.trusted:
                 return False
         return state.unchanged() and self._left_as == identity(weight)
-
-    def as_left(self, weight: Tensor | None) -> bool:
-        """Whether the weight is as we left it: written or replaced by nobody else."""
-        return self._left_as is None or (weight is not None and self._left_as == identity(weight))
 
     def find(self, weight: Tensor | None) -> None:
         """Look what a weight holds that is not as this one was left: another may have been in its place."""
@@ -157,9 +152,6 @@ class ResidentColumns(ActiveColumns):
         return state
 
     def _keep(self, weight: Tensor, columns: tuple[AdapterColumns, ...]) -> None:
-        place = weight.untyped_storage()._cdata, int(weight.storage_offset())
-        if (other := _CLAIMS.get(place)) not in (None, self) and other.state.columns and other._left_as[1] == place[0]:
-            not_whole.refuse_shared(weight, other.state.columns)
         self._claim(weight)
         self.kept = Kept.of(weight, self.dim, positions_of(columns, weight.device))
         self._folded = None
@@ -171,6 +163,8 @@ class ResidentColumns(ActiveColumns):
 
     def _claim(self, weight: Tensor) -> None:
         place = weight.untyped_storage()._cdata, int(weight.storage_offset())
+        if (other := _CLAIMS.get(place)) not in (None, self) and other.state.columns and other._left_as[1] == place[0]:
+            not_whole.refuse_shared(weight, other.state.columns)
         _CLAIMS[place], self.memory = self, StorageWeakRef(weight.untyped_storage())
 
     def parked_columns(self, weight: Tensor, state: State) -> Tensor | None:
@@ -280,11 +274,6 @@ def write_together(jobs: Iterable[tuple[ResidentColumns, Tensor, tuple[AdapterCo
             torch._foreach_copy_(views, add_scaled(originals_of, deltas, scale))
         for columns, weight, state in written:
             columns.wrote(weight, state)
-
-
-def identity(weight: Tensor) -> tuple[int, int]:
-    """What changes when somebody writes or replaces a weight."""
-    return version_of(weight), weight.untyped_storage()._cdata
 
 
 def users_of_memory(tensor: Tensor) -> int:

@@ -62,6 +62,11 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
+def identity(weight: Tensor) -> tuple[int, int]:
+    """What changes when somebody writes or replaces a weight."""
+    return version_of(weight), weight.untyped_storage()._cdata
+
+
 def memory_id(tensor: Tensor) -> int:
     """What changes when a tensor is given other memory (`.data =`), unseen by its counter. ZeRO-3 always does that."""
     return 0 if hasattr(tensor, "ds_id") else tensor.untyped_storage()._cdata
@@ -71,7 +76,7 @@ class State:
     """What is active over one weight: some adapters' columns, over one revision of it. Never changed. What is made of
     the tensors is taken from the state `like`, if they are the same: an optimizer's step leaves them."""
 
-    __slots__ = ("__weakref__", "_tag", "base", "columns", "key", "places", "trained", "watched")
+    __slots__ = ("__weakref__", "_tag", "base", "columns", "held", "key", "places", "trained", "watched")
 
     def __init__(self, columns: tuple[AdapterColumns, ...], base: int, like: State | None = None) -> None:
         self.columns, self.base = columns, base
@@ -81,11 +86,8 @@ class State:
         # Every tensor that has a version counter, with its version: flat, since it is compared often. And what keeps
         # the address of its memory from others: `.data =` twice could get it again.
         tensors = [t for c in columns for t in (c.delta, c.indices, c.source) if t is not None]
-        self.watched = [
-            (t, t._version, memory := memory_id(t), StorageWeakRef(t.untyped_storage()) if memory else None)
-            for t in tensors
-            if not t.is_inference()
-        ]
+        self.watched = [(t, t._version, memory_id(t)) for t in tensors if not t.is_inference()]
+        self.held = [StorageWeakRef(t.untyped_storage()) for t, _, memory in self.watched if memory]
         # Where columns lie: trained ones anywhere by their indices, folded ones as they are scaled.
         self.places = [
             (id(c.indices), version_of(c.indices, c.revision), c.folded, c.folded and c.scale) for c in columns
@@ -99,24 +101,22 @@ class State:
 
     def unchanged(self) -> bool:
         """Whether no tensor was changed in place since, as far as version counters tell."""
-        for tensor, version, memory, _ in self.watched:
+        for tensor, version, memory in self.watched:
             if tensor._version != version or memory_id(tensor) != memory:
                 return False
         return True
 
     def moved(self) -> list[AdapterColumns]:
         """Those whose tensors were changed in place since, as far as version counters tell."""
-        changed = {id(t) for t, version, memory, _ in self.watched if t._version != version or memory_id(t) != memory}
+        changed = {id(t) for t, version, memory in self.watched if t._version != version or memory_id(t) != memory}
         return [c for c in self.columns if changed & {id(c.delta), id(c.indices), id(c.source)}]
 
     @property
     def tag(self) -> Tensor:
         """A scalar tensor that stands for this state, for autograd to save; its value is the same for equal states."""
         if self._tag is None:
-            if torch.is_inference_mode_enabled():  # autograd saves it, also if the first forward pass was inference
-                with torch.inference_mode(False):
-                    return self.tag
-            with torch._C._DisableTorchDispatch():  # the passes that checkpointing repeats don't make it again
+            # Autograd saves it, also if the first pass was inference; those that checkpointing repeats have it already.
+            with torch.inference_mode(False), torch._C._DisableTorchDispatch():
                 self._tag = torch.scalar_tensor(hash(self.key), dtype=torch.int64, device="cpu")
         return self._tag
 
@@ -166,9 +166,11 @@ class ActiveColumns:
     entry: Any = None  # of the model that it is in
     alone: Any = None  # how its layer last ran without that (`columns.entry.in_other_mode`)
 
+    _left_as: tuple[int, int] | None = None  # the `identity` of a weight that holds columns, as we left it
+
     def as_left(self, weight: Tensor | None) -> bool:
-        """Whether nobody else wrote or replaced the weight that holds columns."""
-        return True
+        """Whether the weight is as we left it: written or replaced by nobody else."""
+        return self._left_as is None or (weight is not None and self._left_as == identity(weight))
 
     def __init__(self) -> None:
         self.base = next(_REVISIONS)

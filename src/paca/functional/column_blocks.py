@@ -31,8 +31,7 @@ def runs_of(indices: Tensor) -> Runs | None:
     """
     if indices.numel() < _MEAN_LENGTH or type(indices) is not Tensor or indices.is_meta:
         return None
-    version = version_of(indices)
-    known = _KNOWN.get(indices)
+    version, known = version_of(indices), _KNOWN.get(indices)
     if known is None or known[0] != version or version == -1:
         known = _KNOWN[indices] = (version, _find_runs(indices.tolist()))
     runs: Runs | None = known[1]

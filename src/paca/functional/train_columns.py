@@ -115,8 +115,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
             ctx.source.check_after()
     elif needs_x:
         grad_x = input_gradient_of_added(product, grad_y, ctx.input_size, indices, ctx.added, ctx.scales, ctx.rows)
-    if grad_x is not None and grad_x.dtype != ctx.input_dtype:
-        grad_x = in_dtype(grad_x, ctx.input_dtype)
+    grad_x = None if grad_x is None else in_dtype(grad_x, ctx.input_dtype)
     return None, grad_x, None, grad_bias, grad_output if ctx.adds else None, *([None] * count), *grad_deltas
 
 

@@ -99,15 +99,8 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             config.target_modules = all_linear(config, self.model)
         return config
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,  # a PacaConfig
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def _create_and_replace(  # type: ignore[override]
+        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **_: Any
     ) -> None:
         if isinstance(target, PacaLayer):
             layer = target
@@ -115,12 +108,12 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             layer = PACA_CLASSES[type(target)](RESIDENT_CLASSES[type(target)].adopt(target))
         else:
             layer = adapted_after_all(target, current_key, self.model)
-        alpha = for_layer(current_key, peft_config.alpha_pattern, peft_config.paca_alpha)
+        alpha = for_layer(current_key, config.alpha_pattern, config.paca_alpha)
         try:
             indices = columns_of_original(self.peft_config, layer) if adapter_name == REFERENCE else None
             if indices is None:
-                indices = choose_columns(peft_config, layer, layer.in_features, current_key)
-            layer.update_layer(adapter_name, indices, alpha, peft_config.init_weights, peft_config.inference_mode)
+                indices = choose_columns(config, layer, layer.in_features, current_key)
+            layer.update_layer(adapter_name, indices, alpha, config.init_weights, config.inference_mode)
         except BaseException:
             if layer is not target:  # not in the model yet, where it would be found and taken out
                 layer.base_layer.release()

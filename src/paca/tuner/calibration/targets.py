@@ -65,15 +65,8 @@ class _Finder(PacaModel):
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise _AllFound
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+    def _create_and_replace(  # type: ignore[override]
+        self, config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **names: Any
     ) -> None:
         if isinstance(target, PacaLayer):
             in_features = target.in_features
@@ -84,4 +77,4 @@ class _Finder(PacaModel):
             else:
                 quantization = quantization_of(target)
                 in_features = (features(target) if quantization is None else quantization.shape(target))[1]
-        self.found[current_key] = Target(target, in_features, parameter_name is not None)
+        self.found[current_key] = Target(target, in_features, names.get("parameter_name") is not None)
