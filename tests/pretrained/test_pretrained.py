@@ -489,8 +489,12 @@ def test_a_path_that_is_no_model_says_what_it_is(base: Path, gguf_file: Path, tm
     with pytest.raises(PacaError, match=r"no config\.json"):
         load_pretrained(str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(PacaError, match="holds an adapter"):
-        load_pretrained(str(tmp_path))
+    run = tmp_path / "run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "adapter" / "adapter_config.json").write_text("{}")
+    for folder in (tmp_path, run):
+        with pytest.raises(PacaError, match=rf"holds an adapter.* merge {folder} --output FOLDER"):
+            load_pretrained(str(folder))
     with pytest.raises(PacaError, match=r"give one of them.*tiny\.Q8_0\.gguf"):
         load_pretrained(str(gguf_file.parent))
     with pytest.raises(PacaError, match=r"\.safetensors'.*folder that holds"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean_path
+from paca.messages.program import program
 from paca.messages.shown import shown
 
 Source = Literal["hub", "folder", "gguf"]
@@ -104,10 +106,11 @@ def _check_folder(path: Path, name: str) -> None:
                 "has checked it. Move adapter_config.json and the adapter's weights to a folder of their own."
             )
         return
-    if adapted:
+    if adapted or (path / "adapter" / "adapter_config.json").is_file():
         raise PacaError(
             f"The folder {name!r} holds an adapter, not a model. Give the model it was trained on "
-            "(base_model_name_or_path in its adapter_config.json)."
+            "(base_model_name_or_path in its adapter_config.json). To go on from what the adapter learned, put it into "
+            f"a model, and give that: {program()} merge {shlex.quote(name)} --output FOLDER"
         )
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
     if gguf_files:

@@ -113,7 +113,7 @@ def test_a_used_folder_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -
     folder = RunFolder(tmp_path)
     folder.check_free(overwrite=False)
     checkpoint(folder, 1)
-    with pytest.raises(PacaError, match=r"checkpoints of an unfinished run\. Continue it with --resume"):
+    with pytest.raises(PacaError, match=r"an unfinished run\. Continue it with --resume .*config\.yaml --resume\)"):
         folder.check_free(overwrite=False)
     folder.summary.touch()
     with pytest.raises(PacaError, match=r"a finished run\. Give another output\.dir"):

@@ -14,6 +14,7 @@ from typing import Any
 
 from paca.messages.disk import DiskError
 from paca.messages.errors import PacaError
+from paca.messages.program import resume_command
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import sync, sync_names, write_whole
 
@@ -135,14 +136,11 @@ class RunFolder:
         self._check_own(used)
         if overwrite or not (self.finished() or self.newest_checkpoint() is not None):
             return
-        if self.finished():
-            state, remedy = "a finished run", "Give"
-        else:
-            state, remedy = "the checkpoints of an unfinished run", "Continue it with --resume, or give"
-        raise PacaError(
-            f"{self.path} already holds {state}. {remedy} another output.dir, or start over with "
-            "--set output.overwrite=true."
-        )
+        state, other = "a finished run", "Give another output.dir, or start over with --set output.overwrite=true."
+        if not self.finished():
+            state = "the checkpoints of an unfinished run"
+            other = f"Continue it with --resume and the same settings ({resume_command(self.config)}). {other}"
+        raise PacaError(f"{self.path} already holds {state}. {other}")
 
     def _check_own(self, used: Iterable[tuple[str, str]]) -> None:
         there = [path for path in (*self._files(), self.config, *self._parts()) if path.exists()]

@@ -16,6 +16,7 @@ from paca.data import Examples
 from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
+from paca.messages.program import resume_command
 from paca.messages.shown import setting
 from paca.pretrained import Pretrained
 from paca.pretrained.base_weights import KEY, rows_of_weights
@@ -80,7 +81,8 @@ def check_same_run(folder: RunFolder, config: RunConfig, inputs: dict[str, str])
         lines = "\n".join(f"  {key}: {setting(before.get(key))} → {setting(now.get(key))}" for key in changed)
         raise PacaError(
             f"The settings differ from those that the run in {folder.path} began with:\n{lines}\n"
-            f"To continue it, use its own config ({recorded}); to train with the new settings, give another output.dir."
+            f"To continue it with its own: {resume_command(recorded)}. To train with the new ones, give another "
+            "output.dir."
         )
     files = [
         key
