@@ -105,15 +105,21 @@ def test_what_is_named_already_is_in_the_advice(tmp_path: Path) -> None:
         load_examples(source, columns={"answer": "target"})
 
 
-@pytest.mark.parametrize(("record", "told"), [
-    ({"prompt": "a?", "chosen": "b", "rejected": "c"}, "those of preference, for train.trainer: dpo or reward."),
-    ({"question": "a?", "chosen": "b", "rejected": "c"}, "for train.trainer: dpo or reward."),
-    ({"review": "good", "stars": 5}, "in Python columns=.)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"prompt": "a?", "chosen": "b", "rejected": "c"},
+            "prompt, chosen, rejected. They are those of preference, for train.trainer: dpo or reward.",
+        ),
+        ({"question": "a?", "chosen": "b", "rejected": "c"}, "for train.trainer: dpo or reward."),
+    ],
+)
 def test_data_for_another_trainer_is_named(tmp_path: Path, record: dict[str, Any], told: str) -> None:
     with pytest.raises(PacaError) as error:
         load_examples(jsonl(tmp_path / "data.jsonl", [record]))
     assert str(error.value).endswith(told)
+    assert "data.columns" not in str(error.value)
 
 
 def test_an_optional_column_may_be_named_and_absent_in_some_rows_but_not_in_all(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_an_unknown_form_lists_what_was_found_and_what_is_understood() -> None:
 def test_columns_of_other_names_are_to_be_named_as_the_nearest_form_has_them(columns: list[str], told: str) -> None:
     with pytest.raises(PacaError) as error:
         recognise(columns, None, "data.jsonl")
-    last = str(error.value).splitlines()[-1]
+    second = str(error.value).splitlines()[1]  # before the list of all forms
     nearest = f"Say which columns it has under other names: the nearest form is {told.removesuffix('.')}"
-    assert last.startswith(f"{nearest} (its name: yours) in the run's YAML (or --set data.columns.NAME=YOURS), or ")
+    assert second.startswith(f"{nearest} (its name: yours) in the run's YAML (or --set data.columns.NAME=YOURS), or ")
 
 
 def test_an_ambiguous_form_asks_for_a_choice_which_is_then_taken() -> None:

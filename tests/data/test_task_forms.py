@@ -88,7 +88,7 @@ def test_pairs_without_a_common_start_are_refused(tmp_path: Path) -> None:
 
 
 def test_data_of_another_family_says_what_is_understood(tmp_path: Path) -> None:
-    with pytest.raises(PacaError, match=r"columns: instruction, output.*\n.*preference: prompt, chosen, rejected"):
+    with pytest.raises(PacaError, match=r"(?s)columns: instruction, output.*\n.*preference: prompt, chosen, rejected"):
         load(tmp_path, "preferences", {"instruction": "a", "output": "b"})
 
 

@@ -14,7 +14,7 @@ from paca.data import named_columns, sources
 from paca.data.conversion import FAMILIES, converted
 from paca.data.examples import Examples
 from paca.data.formats import Format
-from paca.data.recognition import describe, for_another_trainer, recognise
+from paca.data.recognition import describe, for_another_trainer, recognise, told_of_columns
 from paca.data.rows import Row
 from paca.data.several import joined
 from paca.data.sources import Source
@@ -126,7 +126,8 @@ def _load(
         if format is not None:
             raise
         others = {name: forms for name, forms in FAMILIES.items() if name != family}
-        raise PacaError(f"{error}{for_another_trainer(there, others)}") from None
+        other = for_another_trainer(there, others)
+        raise PacaError(error if other is None else f"{told_of_columns(there, source, own)} {other}") from None
     dataset = converted(found, form, family, limit, leave_out, there)
     usable, note = dataset, ""
     if leave_out:

@@ -47,7 +47,7 @@ def recognise(
     """
     forms = FORMATS if forms is None else forms
     given = given or {}
-    found = f"{source} has the columns: {', '.join(given.get(name, name) for name in columns) or '(none)'}."
+    found = told_of_columns(columns, source, given)
     if requested is not None:
         if requested not in forms:
             hint = did_you_mean(requested, forms)
@@ -69,8 +69,13 @@ def recognise(
     if fitting:
         names = " and ".join(repr(form.name) for form in fitting)
         raise PacaError(f"{found} They fit the formats {names}: choose one with data.format.")
-    what = f"That is no form of training data known here. Understood are:\n{_overview(forms)}"
-    raise PacaError(f"{found} {what}\n{_renaming(columns, forms, given)}")
+    what = f"That is no form of training data known here.\n{_renaming(columns, forms, given)}"
+    raise PacaError(f"{found} {what}\nUnderstood are:\n{_overview(forms)}")
+
+
+def told_of_columns(columns: Collection[str], source: str, given: Mapping[str, str]) -> str:
+    """A sentence that names the columns, by their names in the data."""
+    return f"{source} has the columns: {', '.join(given.get(name, name) for name in columns) or '(none)'}."
 
 
 def _renaming(columns: Collection[str], forms: Mapping[str, Format], given: Mapping[str, str]) -> str:
@@ -96,8 +101,8 @@ def _renaming(columns: Collection[str], forms: Mapping[str, Format], given: Mapp
     )
 
 
-def for_another_trainer(columns: Collection[str], families: Mapping[str, Mapping[str, Format]]) -> str:
-    """What to say besides, in a line, where the columns are those that another trainer's `families` of forms have."""
+def for_another_trainer(columns: Collection[str], families: Mapping[str, Mapping[str, Format]]) -> str | None:
+    """What to say instead where the columns are those that another trainer's `families` of forms have."""
     for family, forms in families.items():
         try:
             form = recognise(columns, None, "", forms)
@@ -105,8 +110,8 @@ def for_another_trainer(columns: Collection[str], families: Mapping[str, Mapping
             continue
         # Any data may have a text, or a question among other columns.
         if family != "text" and (family != "prompts" or set(columns) <= set(form.columns)):
-            return f"\nThe columns are those of {form.name}, for {_TRAINERS[family]}."
-    return ""
+            return f"They are those of {form.name}, for {_TRAINERS[family]}."
+    return None
 
 
 def _overview(forms: Mapping[str, Format]) -> str:
