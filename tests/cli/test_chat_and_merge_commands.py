@@ -145,6 +145,8 @@ def test_two_answer_side_by_side_and_share_their_base_model(run: Path, tmp_path:
     assert both.histories == first
     done = forked_paca("chat", run, "--beside", "base", "--base", "--prompt", "Hello")
     assert "Leave out --base and --base-model" in done.stderr
+    done = forked_paca("chat", run, "--beside", "base", "--max-new-tokens", 4, typed="[b] Hello\nAgain\n")
+    assert [line for line in done.stdout.splitlines() if line.startswith("> ")] == ["> [b] Hello", "> Again"]
 
 
 class Terminal:

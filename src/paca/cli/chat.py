@@ -124,6 +124,8 @@ def converse(conversation: Conversation | SideBySide, commands: str) -> None:
             say(f"No such command: {line}. {commands}")
         else:
             said = line.removeprefix("/tool ")
+            if not isinstance(conversation, Conversation) and not sys.stdin.isatty():  # else it stands there
+                conversation.console.print(f"> {printable(line)}", markup=False, highlight=False)
             try:
                 conversation.ask(said, "user" if said == line else "tool")
             except PacaError as error:
