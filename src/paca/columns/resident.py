@@ -191,9 +191,8 @@ class ResidentColumns(ActiveColumns):
             if state.columns and all(map(self.is_current, state.columns)):
                 columns = self._current(weight) if columns is None else columns
                 sums = sum_of(self.kept, state.columns, self.dim).to(columns.dtype)
-                if not Kept(self.kept.positions, columns).equal(sums):
-                    for c in state.columns:
-                        self.written(c)
+                for c in () if Kept(self.kept.positions, columns).equal(sums) else state.columns:
+                    self.written(c)
             if self.values_seen:  # in mixed batches
                 compare_values(self, State((), self.base))
 

@@ -190,7 +190,7 @@ class ActiveColumns:
         self.revisions[name] = next(_REVISIONS)
 
     def written(self, columns: AdapterColumns) -> None:
-        """Note a write that the delta's version counter may not show, and let it: `FactoredAdamW` looks there."""
+        """Note a write that the delta's version counter does not show, and let it: `FactoredAdamW` looks there."""
         self.changed(columns.name)
         if columns.source is None and not columns.delta.is_inference():
             torch.autograd.graph.increment_version(columns.delta)
@@ -217,7 +217,8 @@ class ActiveColumns:
         seen = [state for *_, state in list(self.values_seen.values())]  # another thread may note one
         for state in (self.state, *seen, *itertools.chain.from_iterable(self._first_passes.values())):
             for c in filter(self.is_current, state.moved()):
-                self.written(c)
+                unseen = any(t is c.delta and version == t._version for t, version, _ in state.watched)
+                self.written(c) if unseen else self.changed(c.name)
 
     def note_forward(self, state: State | None = None) -> None:
         """Note a forward pass with `state`, or the present one. Raises if it repeats a pass that ran with others."""
