@@ -135,6 +135,7 @@ def test_no_library_is_to_tell_its_makers_unless_the_user_says_so(run: Run, monk
         (MODEL_AND_DATA + "trian: {seed: 1}\n", "there is no section 'trian'. Did you mean train?"),
         (MODEL_AND_DATA + "paca: {rank: 3}\n", "line 3: there is no key paca.rank. Did you mean paca.r?"),
         (MODEL_AND_DATA + "paca: {paca_alph: 3}\n", "there is no key paca.paca_alph. Did you mean paca.paca_alpha?"),
+        (MODEL_AND_DATA + "paca: {alpha: 3}\n", "there is no key paca.alpha. Did you mean paca.paca_alpha?"),
         (
             MODEL_AND_DATA + "paca: {lora_dropout: 0.1}\n",
             "no key paca.lora_dropout. PaCA has no dropout. Leave it out.",

@@ -134,7 +134,7 @@ def _check_key(
         # most like a key of another section (`init_lora_weights`, `trainer`) are so by 0.83.
         meant = nearest(OTHER_WORDS.get(name, name), names, cutoff=0.85)
         swapped = any(sorted(name) == sorted(known) for known in names)  # `fromat`, alike by 0.83
-        sure = meant is not None or swapped
+        sure = meant is not None or swapped or f"{section}_{name}" in names  # paca_alpha
         others = dict({} if sure else origins.keys_of_all())
         others.pop(section, None)  # `names` leaves out keys of `train` that can't be set
         hint = _where_it_belongs(name, {section: names, **others}) + _QUANTIZED.get(name, "")
