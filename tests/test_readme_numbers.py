@@ -89,7 +89,7 @@ def test_losses_and_answers_are_those_of_their_pages(name: str, page: str, value
 def test_the_loss_of_factors_is_that_of_their_rows_of_three_seeds() -> None:
     rows = ROOT / "benchmarks" / "quality" / "arc-gemma-long-time" / "factors.jsonl"
     made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    losses = [row["loss"] for row in made if (row["steps"], row["learning_rate"]) == (330, 4.87e-4)]
+    losses = [row["loss"] for row in made if (row["steps"], row["learning_rate"]) == (330, 3.04e-4)]
     assert len(losses) == 3
     assert f"With Gemma [factors] of r 256 have {fmean(losses):.3f}." in TEXT
 
