@@ -71,15 +71,15 @@ def test_the_arguments_are_the_trainers_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "records", "message"),
     [
-        ("dpo", [{"prompt": "a", "completion": "b"}], "columns: prompt, completion.*\n.*preference: prompt, chosen"),
-        ("reward", [{"text": "a"}], "columns: text.*\n.*preference: prompt, chosen, rejected"),
-        ("grpo", [{"text": "a", "answer": "b"}], "columns: text, answer.*\n.*prompt: prompt"),
+        ("dpo", [{"prompt": "a", "completion": "b"}], "columns: prompt, completion(?s:.*)preference: prompt, chosen"),
+        ("reward", [{"text": "a"}], "columns: text(?s:.*)preference: prompt, chosen, rejected"),
+        ("grpo", [{"text": "a", "answer": "b"}], "columns: text, answer(?s:.*)prompt: prompt"),
         ("grpo", [{"prompt": "a"}], "exact_match needs the column answer, which .*data.jsonl has not"),
         ("grpo", [{"prompt": "a", "answer": "b"}, {"prompt": "c"}], "data.jsonl, line 2: answer is missing"),
         ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], "line 1: chosen and rejected are the same"),
         ("classification", [{"text": "a", "label": "x"}] * 2, "has one label, \\['x'\\]; a classifier needs two"),
         ("classification", [{"text": "a", "label": "x"}, {"text": " ", "label": "y"}], "line 2: text is empty"),
-        ("classification", [{"text": "a"}], "columns: text.*\n.*text-label: text, label"),
+        ("classification", [{"text": "a"}], "columns: text(?s:.*)text-label: text, label"),
     ],
 )
 def test_data_that_lacks_something_is_refused(
