@@ -1,4 +1,4 @@
-"""`paca train` with its tensors' bytes counted, as `paca compare` starts it: `python -m paca.cli... train CONFIG`."""
+"""`paca train` with its tensors' bytes counted: a program that `paca compare` starts, with `train CONFIG`."""
 
 from __future__ import annotations
 

@@ -136,11 +136,14 @@ class RunFolder:
         self._check_own(used)
         if overwrite or not (self.finished() or self.newest_checkpoint() is not None):
             return
-        state, other = "a finished run", "Give another output.dir, or start over with --set output.overwrite=true."
+        state, first = "a finished run", "Give"
         if not self.finished():
             state = "the checkpoints of an unfinished run"
-            other = f"Continue it with --resume and the same settings ({resume_command(self.config)}). {other}"
-        raise PacaError(f"{self.path} already holds {state}. {other}")
+            first = f"Continue it with --resume and the same settings ({resume_command(self.config)}), or give"
+        raise PacaError(
+            f"{self.path} already holds {state}. {first} another output.dir, or start over with "
+            "--set output.overwrite=true."
+        )
 
     def _check_own(self, used: Iterable[tuple[str, str]]) -> None:
         there = [path for path in (*self._files(), self.config, *self._parts()) if path.exists()]
