@@ -130,33 +130,44 @@ SLOW = """
 import os, sys
 os.setsid()  # as a shell does: Ctrl-C goes to all processes of a command
 sys.path.insert(0, "")
+import datasets
+datasets.config.HF_DATASETS_CACHE = os.path.abspath("cache")  # what is there already needs no process
 import paca.data.tokens
 import slow_tokens
 paca.data.tokens._columns = slow_tokens.never
 """
 NEVER = """
-import os, time
+import time
 from pathlib import Path
 
 def never(example, **options):
-    Path(f"begun-{os.getpid()}").touch()
+    try:
+        Path("first").touch(exist_ok=False)
+    except FileExistsError:
+        Path("second").touch()
+        if IDLE:
+            return {"input_ids": [1], "labels": [1], "left_out_turns": 0}
     time.sleep(300)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("idle", [False, True], ids=["all busy", "one idle"])
 def test_a_signal_to_all_processes_that_tokenize_stops_in_one_line(
-    config_file: Path, tmp_path: Path, number: signal.Signals
+    config_file: Path, tmp_path: Path, number: signal.Signals, idle: bool
 ) -> None:
-    """It ended with tracebacks: of each worker, and of a `TimeoutError` of datasets as it went to look after them."""
+    """It ended with tracebacks: of each worker, and of a `TimeoutError` of datasets as it went to look after them. Or
+    not at all: of a worker that waited for its task SIGTERM left the lock of the pool closed, and one that the pool was
+    just starting in the place of another did not hear it."""
     settings = ("--set", "train.dataset_num_proc=2", "--set", "output.dir=run")
-    (tmp_path / "slow_tokens.py").write_text(NEVER)
+    (tmp_path / "slow_tokens.py").write_text(NEVER.replace("IDLE", str(idle)))
     process = start_forked(SLOW + MAIN, "train", config_file, *settings, streams=tmp_path, cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("begun-*"))) < 2:  # one that waits for its work holds the lock of the pool
+    while not (tmp_path / "second").exists():
         assert process.exitcode is None, (tmp_path / "stderr").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    time.sleep(0.5 if idle else 0)  # its part of the examples is soon done
     assert process.pid is not None
     os.killpg(process.pid, number)
     process.join(60)

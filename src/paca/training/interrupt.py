@@ -40,7 +40,6 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         """Whether training ended because of a signal."""
         self._training = False
-        self._process = os.getpid()
         self._received: set[int] = set()
         self._interrupted_at: float | None = None
         self._previous: dict[int, Any] = {}
@@ -52,6 +51,7 @@ class StopOnSignal(TrainerCallback):
             self._announcer = threading.Thread(target=self._announce_lines, name="paca-announcer", daemon=True)
             self._announcer.start()
             self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            _handling.add(self)
         return self
 
     def __exit__(
@@ -59,6 +59,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        _handling.discard(self)
         if self._announcer is not None:
             self._lines.put(None)
             self._announcer.join(timeout=1)
@@ -66,11 +67,6 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt from None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # one that tokenizes or loads data: this one, which forked it, ends it
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
         # torchrun passes a Ctrl-C on as SIGTERM, so only the same signal twice means "at once".
         if not self._training or number in self._received:
             now = time.monotonic()
@@ -146,3 +142,43 @@ def _followed_interrupt(error: BaseException) -> bool:
     while found is not None and not isinstance(found, KeyboardInterrupt):
         found = found.__cause__ or found.__context__
     return found is not None
+
+
+_handling: set[StopOnSignal] = set()
+_forking = threading.local()
+
+
+def _hold_signals() -> None:
+    if _handling and threading.current_thread() is not threading.main_thread():  # whose handlers would raise in here
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _release_signals() -> None:
+    if (mask := _forking.__dict__.pop("mask", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _leave_signals_to_parent() -> None:
+    """In a process that tokenizes or loads data: the one that forked it hears of a Ctrl-C, and ends it by SIGTERM."""
+    if not _handling:
+        return
+    _handling.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        _release_signals()
+    except SystemExit:  # Python would discard it here
+        os._exit(1)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # Not by the signal's own action: a worker that waits for its task would take the lock of the pool along, for which
+    # the pool waits as it ends.
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+if hasattr(os, "register_at_fork"):
+    # Python forgets signals that reach a child before it has finished its fork, as that of a pool that ends while a
+    # thread of it starts a worker, and waits for that worker. They are held until the child's own handlers are there.
+    os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)
