@@ -9,6 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from trl import SFTConfig
 
 from paca.messages.errors import PacaError
+from paca.training import load_run_config
 from paca.training.config.adapter_settings import adapter_fields
 from paca.training.config.early_checks import OWNED, paca_keys
 from paca.training.config.key_checks import WORDS_OF_TRAIN
@@ -35,6 +36,18 @@ def test_the_users_settings_win() -> None:
 
 def test_keys_with_another_place_are_fields() -> None:
     assert OWNED.keys() <= train_fields().keys()
+
+
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [
+        ("dataset_text_field=content", r"data\.columns: \{text: NAME\}"),
+        ("dataset_kwargs={skip_prepare_dataset: true}", "nothing would be cut or packed"),
+    ],
+)
+def test_how_trl_would_prepare_data_is_no_setting_of_a_run(config_file: Path, setting: str, instead: str) -> None:
+    with pytest.raises(PacaError, match=instead):
+        load_run_config(config_file, [f"train.{setting}"])
 
 
 def test_what_is_refused_before_the_libraries_come_is_what_they_say() -> None:

@@ -23,6 +23,8 @@ OWNED = {
     "model_init_kwargs": "the model is described by the section model",
     "trust_remote_code": "it is model.trust_remote_code",
     "chat_template_path": "it is data.template: a name or a Jinja file",
+    "dataset_text_field": "another column's name than text is data.columns: {text: NAME}",
+    "dataset_kwargs": "a run prepares its data itself, and without TRL's part nothing would be cut or packed",
     "push_to_hub": "put the finished run on the hub with `paca train CONFIG --push-to-hub OWNER/NAME`",
     "hub_model_id": "it is `paca train CONFIG --push-to-hub OWNER/NAME`",
     "hub_strategy": "checkpoints are not put on the hub; the finished run is, with --push-to-hub",
