@@ -83,6 +83,26 @@ def test_either_name_of_checkpointing_reaches_the_trainer(tmp_path: Path) -> Non
         assert training_arguments(defaults(activation_checkpointing=True), tmp_path).gradient_checkpointing is True
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr.*: One of min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "'num_decay_steps'.*lr_scheduler_kwargs, which is empty"),
+        ({"lr_scheduler_kwargs": {"cycles": 2}}, "linear.*'cycles'.*lr_scheduler_kwargs, which is {'cycles': 2}"),
+    ],
+)
+def test_a_schedule_that_cant_be_made_is_refused_beforehand(
+    tmp_path: Path, settings: dict[str, object], why: str
+) -> None:
+    with pytest.raises(PacaError, match=why):
+        training_arguments(defaults(**settings), tmp_path)
+
+
+def test_a_schedule_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    assert training_arguments(defaults(**given), tmp_path).lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
 @pytest.mark.parametrize("settings", [{}, {"eval_strategy": "epoch"}, {"eval_steps": 5}])
 def test_keeping_the_best_model_needs_no_further_settings(tmp_path: Path, settings: dict[str, object]) -> None:
     config = training_arguments(defaults(load_best_model_at_end=True, **settings), tmp_path)

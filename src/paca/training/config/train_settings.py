@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, get_scheduler
 
 from paca.messages.errors import PacaError
 from paca.training.config.early_checks import OWNED
@@ -215,9 +215,24 @@ def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
             arguments = kind.arguments(output_dir=str(checkpoints), disable_tqdm=True, **settings)
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section train does not work out: {error}") from error
+    _check_schedule(arguments)
     # With more transformers would copy the model to each in every step (nn.DataParallel): TRL's trainers refuse that.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _check_schedule(arguments: Any) -> None:
+    """Refuse a schedule whose own settings lack or can't be, which transformers would only when training begins."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    given = arguments.lr_scheduler_kwargs
+    kind = arguments.lr_scheduler_type
+    try:
+        get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=1, scheduler_specific_kwargs=given)
+    except (ValueError, TypeError) as error:
+        raise PacaError(
+            f"The schedule of the rate (train.lr_scheduler_type: {getattr(kind, 'value', kind)}) can't be made: {error}"
+            f". Give what it takes in train.lr_scheduler_kwargs, which is {given or 'empty'}, or choose another one."
+        ) from error
 
 
 def _checkpointing_field() -> str:
