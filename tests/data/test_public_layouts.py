@@ -275,6 +275,8 @@ def test_arc_as_its_makers_publish_it_is_read_like_the_hubs(tmp_path: Path) -> N
         ({**MMLU[0], "answer": True}, r"answer is True"),
         ({**MMLU[0], "choices": "3, 4"}, r"choices is '3, 4'; expected a list of texts"),
         ({**MMLU[0], "choices": ["4"]}, r"there are 1 choices; expected 2 to 26"),
+        ({**MMLU[0], "choices": "['3' '4'\n '5' '6']"}, r"'3' '4'.* commas between them"),
+        ({**ARC[0], "choices": {"text": ["yes", "no"], "label": ["A", "A"]}}, r"two of the choices have the label 'A'"),
         ({**ARC[0], "answerKey": "D"}, r"answerKey is 'D'; expected one of the labels A, B, C"),
         ({**ARC[0], "choices": {"text": ["yes"], "label": ["A", "B"]}}, r"lists text and label, equally long"),
         ({**ARC[0], "question": None}, r"question is None; expected text"),

@@ -36,6 +36,11 @@ def mmlu_question(row: Row) -> Row:
                 break
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
+    if isinstance(row["choices"], str) and len(options) == 1:
+        raise PacaError(
+            f"choices is {row['choices']!r}; expected a list of texts with commas between them. pandas writes arrays "
+            "without: give Parquet, or turn them into lists before."
+        )
     if isinstance(answer, str) and _POSITION.fullmatch(answer):
         if answer in options:
             raise PacaError(f"answer is {answer!r}, which may be a position or one of the choices. Give its letter.")
@@ -95,6 +100,8 @@ def arc_question(row: Row) -> Row:
             f"choices is {choices!r}; expected an object with the lists text and label, equally long, or a list of "
             "objects with text and label."
         )
+    if repeated := next((label for label in labels if labels.count(label) > 1), None):
+        raise PacaError(f"two of the choices have the label {repeated!r}; expected one of its own for each.")
     if row["answerKey"] not in labels:
         error = NothingToLearn if row["answerKey"] in (None, "") else PacaError
         raise error(f"answerKey is {row['answerKey']!r}; expected one of the labels {', '.join(labels)}.")
