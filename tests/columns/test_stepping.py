@@ -393,6 +393,45 @@ def test_a_closure_sees_the_weights_of_each_trial():
     assert float(loss_of(model)) < first
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_closures_see_what_the_step_writes_through_data_between_them(gradients):
+    # As optimizers with two gradients a step (SAM) and with none (MeZO) try other values.
+    class Tries(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure):
+            for change in (0.5, -1.0, 0.5):
+                for delta in deltas_of(model):
+                    delta.data.add_(change)
+                closure()
+
+    def closure():
+        with torch.set_grad_enabled(gradients):
+            loss_of(model)
+        seen.append(holds(model))
+
+    model, seen = adapted(), []
+    optimizer = Tries(deltas_of(model), lr=0.1)
+    for _ in range(2):  # from the second step on it is known as one whose steps are seen
+        loss_of(model).backward()
+        optimizer.step(closure)
+    assert seen == [True] * 6
+
+
+def test_a_hook_of_the_users_own_after_a_fused_step_sees_its_weights():
+    model, seen = adapted(), []
+    optimizer = torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True)
+
+    def run(*_):  # before the hooks of all optimizers
+        loss_of(model)
+        seen.append(holds(model))
+
+    optimizer.register_step_post_hook(run)
+    for _ in range(3):
+        loss_of(model).backward()
+        optimizer.step()
+    assert seen == [True] * 3
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("trusted", [False, True])
 def test_an_optimizer_that_drops_its_gradients_in_its_own_step_is_noticed_by_the_next_pass(fused, trusted):

@@ -1,7 +1,7 @@
 """The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
 
 It looks at the version counters of all layers. What no counter shows it looks for in a new mode, when averages and
-schedule-free optimizers swap values through `.data`, and while no optimizer is known whose steps are seen.
+schedule-free optimizers swap values through `.data`, in a step's closures, and while no optimizer's steps are seen.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from paca.columns.entry import SEEN_HERE, Entry
 from paca.columns.resident import WRITING, write_together
 from paca.columns.state import THREAD, may_be_recorded
-from paca.columns.stepping import others_step
+from paca.columns.stepping import STEPPING, others_step
 from paca.layers.base import PacaLayer, paca_layers
 from paca.layers.mixed_batch import Running, current_mixed_batch, end_left_over
 
@@ -66,7 +66,7 @@ class ModelEntry(Entry):
             try:
                 every = [*self.layers, *self.others]
                 untrusted = [one for one in every if mode[0] and not one.base_layer.columns.has_trust()]
-                write_layers(every if changed else untrusted, compare=True)
+                write_layers(every if changed or STEPPING else untrusted, compare=True)
                 write_layers([layer for layer in self.layers if layer.stale()])
             except BaseException:
                 self.unwritten = True
