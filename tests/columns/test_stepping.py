@@ -393,8 +393,9 @@ def test_a_closure_sees_the_weights_of_each_trial():
     assert float(loss_of(model)) < first
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["the model", "its layers alone"])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_closures_see_what_the_step_writes_through_data_between_them(gradients):
+def test_closures_see_what_the_step_writes_through_data_between_them(gradients, alone):
     # As optimizers with two gradients a step (SAM) and with none (MeZO) try other values.
     class Tries(torch.optim.SGD):
         @torch.no_grad()
@@ -406,7 +407,7 @@ def test_closures_see_what_the_step_writes_through_data_between_them(gradients):
 
     def closure():
         with torch.set_grad_enabled(gradients):
-            loss_of(model)
+            loss_of(model) if not alone else [layer(torch.ones(1, layer.in_features)) for layer in paca_layers(model)]
         seen.append(holds(model))
 
     model, seen = adapted(), []

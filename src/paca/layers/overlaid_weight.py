@@ -22,6 +22,7 @@ from paca.columns.lost import is_checkpointing, note_checkpointed
 from paca.columns.resident import WRITING
 from paca.columns.sharded import trained_through
 from paca.columns.state import ActiveColumns, AdapterColumns, State
+from paca.columns.stepping import STEPPING
 from paca.functional.column_blocks import put_columns, version_of
 from paca.functional.linear import LinearProduct
 from paca.functional.product import WeightSource
@@ -67,7 +68,7 @@ class OverlaidWeight(nn.Module):
 
     def state_now(self) -> State:
         """What a forward pass sees."""
-        owner, alone = self.owner(), in_other_mode(self.columns, self.training)
+        owner, alone = self.owner(), in_other_mode(self.columns, self.training) or bool(STEPPING)
         with WRITING:  # other threads may want other columns (mixed batches)
             if owner is not None and (alone or owner.stale()):
                 owner.write(compare=alone)

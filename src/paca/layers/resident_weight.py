@@ -19,7 +19,7 @@ from paca.columns.merging import MergeableColumns
 from paca.columns.resident import WRITING
 from paca.columns.sharded import ShardedColumns
 from paca.columns.state import ALONE, State, is_sharded
-from paca.columns.stepping import others_step
+from paca.columns.stepping import STEPPING, others_step
 from paca.functional.product import Product, WeightSource, check_frozen
 from paca.functional.train_columns import train_columns
 from paca.layers.lent_weight import has_others, run_on_copy
@@ -145,7 +145,7 @@ class ResidentWeight(nn.Module):
         """What the weight holds; it is written before, if it is stale: the model did not look for this layer."""
         owner, weight, state = self.owner(), self.weight, self.columns.state
         self.columns.check_writable(weight)
-        alone = in_other_mode(self.columns, self.training)
+        alone = in_other_mode(self.columns, self.training) or bool(STEPPING)
         if owner is not None and (alone or owner.stale()):
             with WRITING:  # steps and writes of other threads wait
                 owner.check_held() if others_step([owner]) else owner.write(compare=alone)
