@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -580,3 +581,21 @@ def test_a_step_is_seen_though_its_thread_leaves_a_generator_meanwhile(monkeypat
     finally:
         go_on.set()
         thread.join()
+
+
+def test_values_swapped_through_data_and_back_count_where_no_weight_holds_columns():
+    quantization = pytest.importorskip("torchao.quantization")
+    net = network()
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    model, x = peft.get_peft_model(net, paca.PacaConfig(**SETTINGS)), torch.ones(1, IN)
+    model(x).sum().backward()
+    torch.optim.SGD(deltas_of(model), lr=0.1).step()
+    trained = model(x)
+    trained.sum().backward()
+    for change in (0.5, -0.5):  # an average comes for an evaluation, and goes
+        for delta in deltas_of(model):
+            delta.data.add_(change)
+        model.train(change < 0)
+        with torch.set_grad_enabled(change < 0):
+            seen = model(x)
+        assert torch.allclose(seen, trained, atol=1e-5) == (change < 0)

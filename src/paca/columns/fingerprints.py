@@ -23,14 +23,14 @@ def note_values(columns: ActiveColumns, state: State) -> None:
 def compare_values(columns: ActiveColumns, state: State) -> None:
     """Move the revisions of adapters whose deltas changed since, in a way that no version counter shows; and those of
     `state` that no backward pass waits for."""
-    for c in state.columns:
-        if c.name not in columns.values_seen and columns.is_current(c):
-            columns.changed(c.name)
     for name, (c, before, _) in list(columns.values_seen.items()):
         if not columns.is_current(c):
             del columns.values_seen[name]
         elif before is not None and _is_there(c) and not torch.equal(_fingerprint(c.delta), before):
             columns.written(c)
+    for c in state.columns:
+        if c.name not in columns.values_seen and columns.is_current(c):
+            columns.changed(c.name)
 
 
 def _is_there(columns: AdapterColumns) -> bool:

@@ -6,6 +6,7 @@ on it go on running. The subclass is made when it is needed: most of the stock c
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple, cast
@@ -68,7 +69,8 @@ class OverlaidWeight(nn.Module):
 
     def state_now(self) -> State:
         """What a forward pass sees."""
-        owner, alone = self.owner(), in_other_mode(self.columns, self.training) or bool(STEPPING)
+        owner, alone = self.owner(), in_other_mode(self.columns, self.training)
+        alone = alone or threading.get_ident() in STEPPING  # a closure's pass
         with WRITING:  # other threads may want other columns (mixed batches)
             if owner is not None and (alone or owner.stale()):
                 owner.write(compare=alone)
