@@ -337,7 +337,7 @@ def test_holding_out_is_reproducible_disjoint_and_complete(tmp_path: Path) -> No
     assert split_heldout(examples, 5, seed=4)[1].dataset["origin"][:] != held_out.dataset["origin"][:]
     lines = [int(origin.split()[-1]) for origin in train.dataset["origin"][:]]
     assert lines == sorted(lines)
-    assert train.description.endswith("; 15 of them kept for training")
+    assert train.description.endswith("; 15 of 20 to train on")
     assert len(split_heldout(examples, 0.001, seed=0)[1].dataset) == 1
 
 

@@ -64,7 +64,9 @@ def test_a_record_without_what_is_learned_is_left_out_or_told_how(
     source = write(tmp_path / "data.jsonl", [record, fine, fine] if first else [fine, fine, record])
     found = load_examples(source, family=family, leave_out=True)
     assert len(found.dataset) == 2
-    assert "; 1 left out, as nothing can be learned from them" in found.description
+    assert (
+        f"; 1 left out, as nothing can be learned from them (data.jsonl, line {1 if first else 3})" in found.description
+    )
     if first and not fine.keys() <= record.keys():
         return  # its form is not recognised without the others
     told = rf"line {1 if first else 3}: .*data\.unusable: leave_out \(in Python leave_out=True\)\.$"
@@ -90,6 +92,21 @@ def test_a_named_column_may_be_absent_from_what_is_left_out(tmp_path: Path) -> N
     assert len(load_examples(source, columns=columns, leave_out=True).dataset) == 1
     with pytest.raises(PacaError, match=r"line 2: there is no column a, which data\.columns names"):
         load_examples(source, columns=columns)
+
+
+@pytest.mark.parametrize(("value", "told"), [("", "is empty"), (None, "is missing"), (5, "is a number")])
+def test_a_named_column_is_told_by_its_own_name(tmp_path: Path, value: Any, told: str) -> None:
+    source = write(tmp_path / "data.jsonl", [{"q": "a?", "route": "b"}, {"q": "c?", "route": value}])
+    with pytest.raises(PacaError, match=f"line 2: route {told}"):
+        load_examples(source, columns={"question": "q", "answer": "route"})
+
+
+def test_of_many_that_are_left_out_the_first_are_told(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.jsonl", [FINE, *[{"question": "c?", "answer": None}] * 4])
+    assert (
+        "from them (data.jsonl, line 2; data.jsonl, line 3; data.jsonl, line 4; ...)"
+        in load_examples(source, leave_out=True).description
+    )
 
 
 def test_records_of_another_form_are_not_left_out(tmp_path: Path) -> None:

@@ -421,5 +421,6 @@ def test_notes_and_warnings_of_libraries_show_escapes() -> None:
             logger.warning("a name: %s", "\x1b[2J")
             assert written.getvalue() == "a name: \\x1b[2J\n"
             assert "\x1b" not in warnings.formatwarning("\x1b[2J", UserWarning, "file.py", 3)
+            assert warnings.formatwarning("\x1b", UserWarning, starting.__file__, 3) == "Warning: \\x1b\n"
         finally:
             logging.setLogRecordFactory(factory)

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -52,6 +53,7 @@ def send_no_telemetry() -> None:
 def show_escapes() -> None:
     """Let libraries' notes and warnings show what a terminal would obey: they quote names from files of others."""
     make, write = logging.getLogRecordFactory(), warnings.formatwarning
+    ours = Path(__file__).parents[1]
 
     def record(*args: Any, **options: Any) -> logging.LogRecord:
         made = make(*args, **options)
@@ -59,8 +61,10 @@ def show_escapes() -> None:
             made.msg, made.args = printable(made.getMessage()), ()
         return made
 
-    def line(*args: Any, **options: Any) -> str:
-        return printable(write(*args, **options))
+    def line(message: Warning | str, category: type[Warning], filename: str, *args: Any, **options: Any) -> str:
+        if category is UserWarning and Path(filename).is_relative_to(ours):  # where it stands in here helps nobody
+            return printable(f"Warning: {message}\n")
+        return printable(write(message, category, filename, *args, **options))
 
     logging.setLogRecordFactory(record)
     warnings.formatwarning = line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from paca.comparison.methods import Method, Sections
 from paca.comparison.trial import Trial, TrialFailed, Try
 from paca.messages.errors import PacaError
-from paca.messages.units import format_bytes
+from paca.messages.units import format_bytes, format_duration
 
 ROUNDS = 3
 """Of timing; in each, every method takes its turn, and the order rotates."""
@@ -134,11 +135,15 @@ def same_time(
         PacaError: A method can't make a step.
     """
     seconds: dict[str, list[float]] = {method.name: [] for method in methods}
+    began, done, left = time.monotonic(), 0, ""
     for number in range(ROUNDS):
         turn = number % len(methods)
         for method in [*methods[turn:], *methods[:turn]]:
-            announce(f"Timing steps, round {number + 1} of {ROUNDS}: {method.name} ...")
+            announce(f"Timing steps, round {number + 1} of {ROUNDS}: {method.name}{left} ...")
             seconds[method.name].append(_must(method, attempt, TIMED_STEPS).seconds / TIMED_STEPS)
+            done += 1
+            each = (time.monotonic() - began) / done
+            left = f", about {format_duration(each * (ROUNDS * len(methods) - done))} left of the timing"
     leader = seconds[methods[0].name]
     came_out = []
     for method in methods:

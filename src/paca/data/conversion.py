@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -88,7 +89,7 @@ def _others(found: Source, form: Format, place: str, limit: int | None) -> str:
         for one in itertools.islice(rows, 1, 1 + _LOOKED_AT):
             seen += 1
             with suppress(PacaError):  # something else is wrong with it
-                count += _convert(form, *one, leave_out=True) is None
+                count += _convert(found, form, *one, leave_out=True) is None
     more = f": {count:,} more of the {seen:,} records after it {'are' if count > 1 else 'is'} such" if count else ""
     more = ": the one record after it is such too" if count == seen == 1 else more
     return f" Or leave such records out with data.unusable: leave_out (in Python leave_out=True){more}."
@@ -98,7 +99,7 @@ def _converted(
     found: Source, form: Format, family: str, limit: int | None, leave_out: bool, there: list[str]
 ) -> Dataset:
     """As `converted`; arguments and errors as there."""
-    example = next(filter(None, (_convert(form, *one, leave_out) for one in _rows(found, form))), None)
+    example = next(filter(None, (_convert(found, form, *one, leave_out) for one in _rows(found, form))), None)
     if example is None:
         raise PacaError(f"{found.name} holds no example of the form {form.name}: nobody answers in it.")
     wider = Path(datasets.config.HF_DATASETS_CACHE, f"paca-{_fingerprint(found, form, limit, leave_out)}.json")
@@ -119,7 +120,7 @@ def _note_columns(file: Path, found: Source, form: Format, limit: int | None, le
     for place, row in itertools.islice(_rows(found, form), limit):
         rows_have |= dict.fromkeys(row)
         if all(column in row for column in form.required):
-            columns |= dict.fromkeys(_convert(form, place, row, leave_out) or ())
+            columns |= dict.fromkeys(_convert(found, form, place, row, leave_out) or ())
     write_whole(file, json.dumps([list(columns), list(rows_have)]))
 
 
@@ -160,7 +161,7 @@ def _examples(
     for place, row in itertools.islice(_rows(source, form), limit):
         if first is not None and any(column not in row for column in form.required):
             _refuse_other_form(form, family, first[ORIGIN], place, row)
-        example = _convert(form, place, row, leave_out)
+        example = _convert(source, form, place, row, leave_out)
         if example is None:
             yield {**dict.fromkeys(columns), ORIGIN: place}
             continue
@@ -194,7 +195,7 @@ def _rows(source: Source, form: Format) -> Iterator[tuple[str, rows.Row]]:
     return source.rows() if form.gather is None else form.gather(source.rows())
 
 
-def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Example | None:
+def _convert(source: Source, form: Format, place: str, row: rows.Row, leave_out: bool) -> Example | None:
     missing = [column for column in form.required if column not in row]
     try:
         if missing:
@@ -207,9 +208,15 @@ def _convert(form: Format, place: str, row: rows.Row, leave_out: bool) -> Exampl
     except NothingToLearn as error:
         if leave_out:
             return None
-        raise _Unusable(place, str(error)) from None
+        raise _Unusable(place, _in_own_words(error, source)) from None
     except PacaError as error:
-        raise PacaError(f"{place}: {error}") from None
+        raise PacaError(f"{place}: {_in_own_words(error, source)}") from None
+
+
+def _in_own_words(error: PacaError, source: Source) -> str:
+    """What is wrong with a column, by the name that it has there where `data.columns` gave it the form's."""
+    name = re.match(r"\w*", str(error))[0]  # type: ignore[index]  # it matches everything
+    return dict(source.columns).get(name, name) + str(error)[len(name) :]
 
 
 def _features(example: Example, family: str) -> Features:

@@ -78,9 +78,11 @@ def split_heldout(examples: Examples, held_out: float, seed: int) -> tuple[Examp
     chosen = np.zeros(total, dtype=bool)
     chosen[np.random.default_rng(seed).permutation(total)[:count]] = True
     parts = []
-    for name, mask in (("kept for training", ~chosen), ("held out", chosen)):
+    for name, mask in (("to train on", ~chosen), ("held out", chosen)):
         dataset = examples.dataset.select(np.flatnonzero(mask))
         parts.append(
-            replace(examples, dataset=dataset, description=f"{examples.description}; {len(dataset):,} of them {name}")
+            replace(
+                examples, dataset=dataset, description=f"{examples.description}; {len(dataset):,} of {total:,} {name}"
+            )
         )
     return parts[0], parts[1]

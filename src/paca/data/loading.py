@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from paca.data import named_columns, sources
-from paca.data.conversion import FAMILIES, converted
+from paca.data.conversion import FAMILIES, ORIGIN, converted
 from paca.data.examples import Examples
 from paca.data.formats import Format
 from paca.data.recognition import describe, for_another_trainer, recognise, told_of_columns
@@ -19,6 +19,9 @@ from paca.data.rows import Row
 from paca.data.several import joined
 from paca.data.sources import Source
 from paca.messages.errors import PacaError
+
+_TOLD = 3
+"""Of the records that are left out."""
 
 _LOOKED_AT = 1000
 """Records among which one that has the columns of a form is looked for, where others may be left out."""
@@ -134,7 +137,9 @@ def _load(
         first = dataset.select_columns(dataset.column_names[0]).with_format("arrow")[:]
         usable = dataset.select(np.flatnonzero(first.column(0).is_valid()))
     if count := len(dataset) - len(usable):
-        note = f"; {count:,} left out, as nothing can be learned from them"
+        rows = np.flatnonzero(first.column(0).is_null())[:_TOLD]
+        places = "; ".join([*dataset.select(rows)[ORIGIN][:], *["..."] * (count > _TOLD)])
+        note = f"; {count:,} left out, as nothing can be learned from them ({places})"
     if found.left_out:
         of_all = len(found.files) + found.left_out
         note += f"; of {len(found.files)} of the folder's {of_all} files, by their names those of the split {split!r}"

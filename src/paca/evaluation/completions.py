@@ -26,6 +26,7 @@ def completions(
     max_new_tokens: int,
     batch_size: int = 8,
     kept: KeptAnswers | None = None,
+    what: str = "answers written",
 ) -> list[str]:
     """Answer prompts.
 
@@ -36,6 +37,7 @@ def completions(
         max_new_tokens: Length at which an answer is cut.
         batch_size: How many at a time.
         kept: Where answers of this length are kept, if anywhere.
+        what: The words for people who wait.
 
     Returns:
         One answer for each prompt, in the order given.
@@ -71,4 +73,4 @@ def completions(
     # What padding stands between learned tokens and a prompt would change the answer.
     run = answer_by_length if learns_a_prompt(model) else answer
     fitted = [prompt if context is None else prompt[-(context - max_new_tokens) :] for prompt in prompts]
-    return longest_first(run, fitted, len, batch_size, "answers written", kept)
+    return longest_first(run, fitted, len, batch_size, what, kept)

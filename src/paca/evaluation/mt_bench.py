@@ -112,8 +112,8 @@ def _answers(
             talk.append({"role": "user", "content": question.turns[turn]})
         prompts = [question_of({"prompt": talk, ORIGIN: one.id}, loaded.tokenizer) for one, talk in going_on]
         cut += sum(len(prompt) > room for prompt in prompts)
-        lengths = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        texts = completions(loaded.model, loaded.tokenizer, prompts, **lengths, kept=kept)
+        options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "kept": kept}
+        texts = completions(loaded.model, loaded.tokenizer, prompts, **options)
         for (_, talk), text in zip(going_on, texts, strict=True):
             talk.append({"role": "assistant", "content": text})
     answers = [[message["content"] for message in talk[1::2]] for talk in talks]

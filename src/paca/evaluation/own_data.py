@@ -110,10 +110,12 @@ class Measurement:
     ) -> list[str]:
         """What the model says to the questions."""
         prompts = [question_of(row, tokenizer) for row in rows]
-        length, size, context = self.max_new_tokens, self.batch_size, context_of(model)
-        if self.metric != "exact_match" and context is not None:
-            length = min(length, max(1, context // 2))  # they are for people to read
-        return completions(model, tokenizer, prompts, max_new_tokens=length, batch_size=size, kept=kept)
+        length, context, what = self.max_new_tokens, context_of(model), "answers written"
+        if self.metric != "exact_match":  # they are for people to read
+            what = "sample answers written"
+            length = length if context is None else min(length, max(1, context // 2))
+        size = self.batch_size
+        return completions(model, tokenizer, prompts, max_new_tokens=length, batch_size=size, kept=kept, what=what)
 
 
 @dataclass(frozen=True)
