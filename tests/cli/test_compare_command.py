@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from cli.paca_process import forked_paca, start_paca
+from paca.cli.compare import compare
+from paca.messages.program import program
 from training.tiny_run import save_workspace
 
 COMPARE = (
@@ -168,6 +171,24 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_who_stops_it_is_told_how_to_see_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*parts: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(compare.__globals__, "_train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").touch()
+    for number in range(3):
+        with pytest.raises(typer.Exit):
+            compare(None, [Path("config.yaml")], Path("out"))  # type: ignore[arg-type]  # it looks at no options
+        told = f"The finished runs side by side: {program()} compare out --output out-so-far"
+        assert (told in capsys.readouterr().out.splitlines()) is (number > 1)
+        (Path("out") / "runs" / str(number)).mkdir(parents=True)
+        (Path("out") / "runs" / str(number) / "summary.json").touch()
 
 
 @pytest.mark.slow

@@ -46,6 +46,26 @@ def test_seeds_of_a_comparison_are_one_method_though_one_run_alone_scored_the_mo
     assert [len(method.rows) for method in found.methods] == [2, 2]
 
 
+def test_a_comparison_that_was_stopped_stands_for_its_finished_runs(tmp_path: Path) -> None:
+    (stopped := tmp_path / "stopped").mkdir()
+    (stopped / "settings.json").write_text("{}")
+    rows = []
+    for name, rank in (("second-lr1-seed0", 4), ("first-lr1-seed0", 8)):
+        rows.append(row_of(RunFolder(run(stopped / "runs" / name, rank)), name))
+        assert rows[-1] is not None
+        rows[-1]["name"] = name
+    (stopped / "runs" / "unfinished").mkdir()
+    (stopped / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare_folders([stopped], tmp_path / "report")
+    assert [method.rows[0]["name"] for method in found.methods] == [
+        "second-lr1-seed0",
+        "first-lr1-seed0",
+    ]  # as they ended
+    (stopped / "runs.jsonl").unlink()
+    with pytest.raises(PacaError, match="holds a comparison of which no run is finished yet"):
+        compare_folders([stopped], tmp_path / "report")
+
+
 @pytest.mark.parametrize(
     ("file", "told"),
     [("settings.json", "holds a comparison that trains its runs"), ("summary.json", "folder of a run")],
@@ -83,12 +103,8 @@ def test_a_folder_is_named_wherever_one_stands(tmp_path: Path, monkeypatch: pyte
     assert [row["name"] for row in found.methods[0].rows] == ["one"]
 
 
-def test_the_folder_of_a_comparison_and_a_run_alone_are_told_of(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    alone = run(whole / "runs" / "a", 4)
-    (whole / "settings.json").write_text("{}")
-    with pytest.raises(PacaError, match=r"whole is the folder of a comparison.*give them: .*whole/runs/\*$"):
-        compare_folders([whole, alone], tmp_path / "report")
+def test_a_run_alone_is_told_of(tmp_path: Path) -> None:
+    alone = run(tmp_path / "a", 4)
     with pytest.raises(PacaError, match=r"a is one run alone; two or more were expected"):
         compare_folders([alone], tmp_path / "report")
 

@@ -96,7 +96,10 @@ def drifting(step_seconds: dict[str, float]) -> tuple[Try, list[str]]:
 
 def test_steps_follow_from_step_times_whatever_the_machine_drifts() -> None:
     attempt, order = drifting({"paca": 0.75, "lora": 1.0, "full": 3.0})
-    paca, lora, full = same_time([PACA, LORA, FULL], 120, {}, attempt, quiet)
+    lines: list[str] = []
+    paca, lora, full = same_time([PACA, LORA, FULL], 120, {}, attempt, lines.append)
+    assert lines[0] == f"Timing steps, round 1 of {ROUNDS}: paca ..."
+    assert all(line.endswith(" left of the timing ...") for line in lines[1:])
     assert paca.method == PACA  # it leads: its steps are the YAML's
     assert lora.method.sections["train"]["max_steps"] == 90
     assert full.method.sections["train"]["max_steps"] == 30

@@ -87,6 +87,9 @@ def compare(
     except KeyboardInterrupt:
         say(console, "\nStopped. What is finished is kept; the same command goes on from there:")
         say(console, f"  {program()} {shlex.join(sys.argv[1:])}")
+        if train and len(list(output.glob("runs/*/summary.json"))) > 1:
+            so_far = shlex.join(["compare", str(output), "--output", f"{output}-so-far"])
+            say(console, f"The finished runs side by side: {program()} {so_far}")
         raise typer.Exit(130) from None
     if result is not None:
         show_result(result, output, console)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from paca.comparison.comparable import contents_of, trained_alike, unlike
 from paca.comparison.edges import Edge, edge_of
-from paca.comparison.kept_rows import ROWS
+from paca.comparison.kept_rows import ROWS, KeptRows
 from paca.comparison.method_result import MethodResult, why_failed
 from paca.comparison.methods import Method, own_section
 from paca.comparison.plan_table import PlannedMethod, settings_text
@@ -72,11 +72,22 @@ def compare(comparison: Comparison, planned: Sequence[PlannedMethod], console: C
     return result
 
 
+def _runs_of(path: Path) -> list[Path]:
+    if not (path / "settings.json").is_file() or not (path / "runs").is_dir():
+        return [path]
+    kept = KeptRows(path / ROWS).others([])  # in the order in which they ended: the first method's come first
+    runs = [run for row in kept if RunFolder(run := path / "runs" / row["name"]).finished()]
+    if not runs:
+        raise PacaError(f"{path} holds a comparison of which no run is finished yet. Go on with it, or wait.")
+    return runs
+
+
 def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     """Report on runs that are there already. Those that differ in the seed alone are one method.
 
     Args:
-        paths: Their folders; the first one's method is the one that the others are compared with.
+        paths: Their folders, or that of a comparison, which stands for its finished runs; the first one's method is
+            the one that the others are compared with.
         output: Where the report goes.
 
     Raises:
@@ -89,12 +100,13 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     if RunFolder(output).finished():
         raise PacaError(f"{output} is the folder of a run. Give the report another --output.")
     paths = [path if path.name.strip(".") else Path(os.path.abspath(path)) for path in paths]  # of "." and ".."
+    paths = [run for path in paths for run in _runs_of(path)]
     names = [path.name for path in paths]
     folders: dict[str, RunFolder] = {}
     for path in paths:
         folder = RunFolder(path)
         if not folder.finished():
-            raise _not_finished(path)
+            raise PacaError(f"{path} holds no finished run (summary.json is missing). Finish it, or leave it out.")
         row = row_of(folder, re.sub(r"-seed\d+$", "", path.name))
         assert row is not None
         if row["score"] is None:
@@ -133,15 +145,6 @@ def compare_folders(paths: Sequence[Path], output: Path) -> ComparisonResult:
     write_report(output, result, folders)
     write_rows(output / ROWS, every)
     return result
-
-
-def _not_finished(path: Path) -> PacaError:
-    if (path / "settings.json").is_file() and (path / "runs").is_dir():
-        return PacaError(
-            f"{path} is the folder of a comparison, and folders of runs were expected. Its report is "
-            f"{path / 'comparison.html'}; to compare runs of it with others, give them: {path / 'runs'}/*"
-        )
-    return PacaError(f"{path} holds no finished run (summary.json is missing). Finish it, or leave it out.")
 
 
 def _notes(
