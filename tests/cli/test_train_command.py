@@ -77,6 +77,14 @@ def test_a_dry_run_refuses_what_a_run_refuses(workspace: Path) -> None:
     assert left_out.returncode == (1 if "32 of 32" in done.stderr else 0)
 
 
+def test_a_dry_run_finds_settings_that_do_not_work_out(workspace: Path) -> None:
+    schedule = ("--set", "train.lr_scheduler_type=cosine_with_min_lr", "--set", "output.dir=dry")
+    done = forked_paca("train", "config.yaml", "--dry-run", *schedule, cwd=workspace)
+    assert done.returncode == 1
+    assert "Error: The schedule of the rate (train.lr_scheduler_type: cosine_with_min_lr) can't be made" in done.stderr
+    assert not (workspace / "dry").exists()
+
+
 def test_a_dry_run_finds_held_out_data_that_cannot_be_scored(workspace: Path) -> None:
     done = forked_paca("train", "config.yaml", "--dry-run", "--set", "eval.metric=choice", cwd=workspace)
     assert done.returncode == 1

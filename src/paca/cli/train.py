@@ -139,6 +139,7 @@ def _push(run: Path, repo: str) -> None:
 
 
 def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | None, console: Console) -> None:
+    from paca.training.config.train_settings import training_arguments
     from paca.training.folder.run_folder import RunFolder
     from paca.training.plan import show_plan
     from paca.training.prepare import prepare
@@ -159,6 +160,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
         folder.check_free(overwrite=config.output.overwrite, used=config.paths_used())
     except PacaError as taken:  # no mistake in the file
         say(console, f"\nBefore it is trained: {taken}", "yellow")
+    training_arguments(plan.config.train, folder.checkpoints)  # what can't be is told as by a run
     sample = plan.data.sample
     if plan.config.train["trainer"] == "sft" and sample is not None and sample.refused:
         raise PacaError(f"A run refuses this: {told_of_unanswered(sample, plan.data.context)}")

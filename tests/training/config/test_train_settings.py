@@ -89,9 +89,10 @@ def test_either_name_of_checkpointing_reaches_the_trainer(tmp_path: Path) -> Non
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr.*: One of min_lr or min_lr_rate"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "'num_decay_steps'.*lr_scheduler_kwargs, which is empty"),
         ({"lr_scheduler_kwargs": {"cycles": 2}}, "linear.*'cycles'.*lr_scheduler_kwargs, which is {'cycles': 2}"),
+        ({"optim_args": "rank=8, foo"}, "train.optim_args is 'rank=8, foo'; expected NAME=VALUE"),
     ],
 )
-def test_a_schedule_that_cant_be_made_is_refused_beforehand(
+def test_what_transformers_would_only_find_as_training_begins_is_refused_beforehand(
     tmp_path: Path, settings: dict[str, object], why: str
 ) -> None:
     with pytest.raises(PacaError, match=why):

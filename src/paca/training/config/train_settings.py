@@ -216,6 +216,8 @@ def training_arguments(settings: Mapping[str, Any], checkpoints: Path) -> Any:
     except (ValueError, TypeError) as error:
         raise PacaError(f"The section train does not work out: {error}") from error
     _check_schedule(arguments)
+    if arguments.optim_args and any(one.count("=") != 1 for one in arguments.optim_args.split(",")):
+        raise PacaError(f"train.optim_args is {arguments.optim_args!r}; expected NAME=VALUE,NAME=VALUE, as rank=8.")
     # With more transformers would copy the model to each in every step (nn.DataParallel): TRL's trainers refuse that.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
