@@ -419,6 +419,25 @@ def test_closures_see_what_the_step_writes_through_data_between_them(gradients, 
     assert seen == [True] * 6
 
 
+def test_closures_see_it_also_after_another_optimizers_step_within_that_step():
+    class Wraps(torch.optim.SGD):  # as SAM and Lookahead do
+        def step(self, closure):
+            base.step()
+            with torch.no_grad():
+                for delta in deltas_of(model):
+                    delta.data.add_(0.5)
+            closure()
+
+    model, seen = adapted(), []
+    base = torch.optim.SGD(deltas_of(model), lr=0.1)
+    optimizer = Wraps(deltas_of(model), lr=0.1)
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step(lambda: (loss_of(model), seen.append(holds(model))))
+    assert seen == [True] * 2
+    assert not stepping.STEPPING
+
+
 def test_a_hook_of_the_users_own_after_a_fused_step_sees_its_weights():
     model, seen = adapted(), []
     optimizer = torch.optim.AdamW(deltas_of(model), lr=0.1, fused=True)

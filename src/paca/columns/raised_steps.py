@@ -12,11 +12,11 @@ import torch
 _WRAPPER = torch.optim.Optimizer.profile_hook_step.__code__  # wraps every optimizer's step
 
 
-def forget_raised(stepping: dict[int, tuple[list[Any], list[Any]]]) -> None:
+def forget_raised(stepping: dict[int, tuple[list[Any], list[Any], int]]) -> None:
     """Take threads that are in no step any more off the list; what they were writing is in doubt."""
     for thread in list(stepping):
         if not _is_in_a_step(thread):
-            for layer_of, adapter_name in itertools.chain(*stepping.pop(thread, ())):
+            for layer_of, adapter_name in itertools.chain(*stepping.pop(thread, ())[:2]):
                 layer = layer_of()
                 if layer is not None:
                     layer.doubted(adapter_name)

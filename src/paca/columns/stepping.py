@@ -22,7 +22,7 @@ Job = tuple[ResidentColumns, Tensor, tuple[AdapterColumns, ...]]
 Held = tuple[weakref.ref[Any], str]  # whose delta it is: a layer's, and the adapter
 # By the id of each: parameters that weak references point to can't be swapped (torch.__future__).
 _DELTAS: weakref.WeakValueDictionary[int, Deltas] = weakref.WeakValueDictionary()
-STEPPING: dict[int, tuple[list[Held], list[Held]]] = {}  # by thread: `_held` by the optimizer that steps there
+STEPPING: dict[int, tuple[list[Held], list[Held], int]] = {}  # by thread: `_held` by the one that steps there, its id
 
 
 def others_step(layers: list[Any]) -> bool:
@@ -45,8 +45,7 @@ def _held(optimizer: torch.optim.Optimizer) -> tuple[list[Held], list[Held]]:
 
 
 def owner_of_delta(parameter: Tensor) -> Held | None:
-    deltas = _DELTAS.get(id(parameter))
-    return None if deltas is None else deltas.owner_of(parameter)
+    return None if (deltas := _DELTAS.get(id(parameter))) is None else deltas.owner_of(parameter)
 
 
 @torch.compiler.disable
@@ -55,13 +54,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if f"{type(optimizer).__module__}.{type(optimizer).__name__}".startswith(UNFIT):
         refuse_unfit(optimizer)
     with WRITING:  # a write that another thread has begun reads deltas
-        STEPPING.setdefault(threading.get_ident(), _held(optimizer))
+        STEPPING.setdefault(threading.get_ident(), (*_held(optimizer), id(optimizer)))
 
 
 @torch.compiler.disable
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with WRITING:
-        before = STEPPING.pop(threading.get_ident(), ([],))[0]
+        before, _, outermost = STEPPING.get(thread := threading.get_ident(), ([], [], 0))
+        if outermost == id(optimizer):  # within its step others may make theirs
+            del STEPPING[thread]
         jobs: dict[ResidentColumns, Job] = {}  # one per weight: the last of its adapters knows them all
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
         now, without = _held(optimizer)
@@ -73,8 +74,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             write_together(jobs.values())
         # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
         for layer_of, adapter_name in without:
-            layer = None if (layer_of, adapter_name) in stepped else layer_of()
-            if layer is not None:
+            if (layer_of, adapter_name) not in stepped and (layer := layer_of()) is not None:
                 layer.doubted(adapter_name)
 
 

@@ -182,6 +182,7 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
         ("train: {max_steps: 10.5}\n", "line 3: train.max_steps must be a whole number, not the number 10.5."),
         ("train: {packing: 1}\n", "line 3: train.packing must be true or false, not the number 1."),
         ("train: {eval_strategy: step}\n", "must be one of no, steps, epoch, not the text 'step'. Did you mean steps?"),
+        ("train: {trainer: dpo, loss_type: ipo}\n", "a list of texts, not the text 'ipo'. Did you mean [ipo]?"),
         ("train: {packing_strategy: best}\n", "must be one of bfd, bfd_split, wrapped, not the text 'best'."),
         ("train: {output_dir: x}\n", "line 3: train.output_dir can't be set here: the run folder is output.dir."),
         ("train: {hub_token: x}\n", "HF_TOKEN"),

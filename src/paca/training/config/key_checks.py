@@ -147,6 +147,8 @@ def _check_key(
         hint = did_you_mean(value, named(annotation), "{}") if isinstance(value, str) else ""
         if isinstance(value, dict) and matches("", annotation):
             hint = " A text that holds ': ' needs quotes within those of the shell: --set 'key=\"some: text\"'."
+        if not hint and matches([value], annotation):
+            hint = f" Did you mean [{value}]?"
         raise PacaError(f"{place}: {section}.{name} must be {expected(annotation)}, not {shown(value)}.{hint}")
     allowed = choices.get(name)
     if allowed and value is not None and value not in allowed:
