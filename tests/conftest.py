@@ -26,6 +26,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the backgrou
 gc.disable()  # until all that tests import is there: what is collected of it is little, and takes 5 s of each worker
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those of the site come first: at the end workers take tests from each other, and each would build it anew."""
+    items.sort(key=lambda item: item.path.name != "test_site.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     """All that tests import is imported: the collector need not walk through it again, at 0.3 s each time.
