@@ -6,6 +6,7 @@ Python runs; the YAML of a run is read as `paca train` reads it; commands are pa
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from safetensors.torch import save_file
 
 from code_blocks import PAGES, ROOT, Block, blocks, commands_of, quoted_commands
 from documented_names import AFTERWARDS, GIVEN
@@ -85,7 +87,8 @@ def test_yaml_is_read(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.name)
-def test_commands_are_known(block: Block, tmp_path: Path) -> None:
+def test_commands_are_known(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for words in commands_of(block.text):
         if words[:2] == ["torchrun", "--nproc-per-node"]:
             words = words[words.index("paca") :]
@@ -125,12 +128,22 @@ def check_paca(words: list[str], folder: Path) -> None:
     run.write_text("model: {name: llama}\ndata: {train: train.jsonl, eval: 0.1}\n")
     file = given.get("config") or given.get("target") or ""
     changes = given.get("set_") or []
+    for change in (one for one in changes if one.startswith("model.adapter=")):
+        write_adapter(folder / change.partition("=")[2])
     if changes or str(file).startswith("recipes/"):
         load_run_config(ROOT / file if str(file).startswith("recipes/") else run, changes)
     if name == "bench" and "/" not in given["model"]:
         assert given["model"] in SHAPES or given["model"].startswith("SmolLM2")
     if name == "compare" and given["methods"] and "=" not in given["methods"]:
         assert methods_of(given["methods"], yaml.safe_load(run.read_text()))
+
+
+def write_adapter(folder: Path) -> None:
+    """What a run looks at of an adapter before it loads any."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "PACA", "r": 64, "base_model_name_or_path": "llama"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({}, folder / "adapter_model.safetensors")
 
 
 def test_commands_in_recipes_are_known() -> None:

@@ -109,6 +109,7 @@ def unlike(rows: Iterable[Row]) -> list[str]:
         **_SEEN,
         "steps": "steps",
         "model.dtype": "type of the weights",
+        "model.adapter": "adapter that was trained on",
         "model.quantization": "quantization",
         "train.bf16": "autocast",
         "train.fp16": "float16 autocast",

@@ -109,6 +109,11 @@ def load_common(path: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, di
             f"{path}: data.eval is missing. Methods are compared by held-out data: give a file, a fraction such as 0.1 "
             "or a count of records."
         )
+    if config.model.adapter is not None:
+        raise PacaError(
+            f"{path}: model.adapter has no place in a comparison, whose methods all begin anew. Leave it out; to "
+            "compare from there on, put the adapter into a model (paca merge), and give that as model.name."
+        )
     sections = _plain(config)
     return without_own(sections), notes_on_own(sections)
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from paca.messages.errors import PacaError, is_failure
@@ -24,21 +22,17 @@ from paca.pretrained.adapter_folder import (
     find_dtype,
     find_quantization,
     find_revision,
-    is_in,
-    tensor_names,
     weight_file,
 )
 from paca.pretrained.adapter_tokenizer import saved_tokenizer
-from paca.pretrained.base_weights import warn_of_other_base
 from paca.pretrained.bounded_template import conversation_text, renderer
 from paca.pretrained.ends_of_texts import ends_texts
-from paca.pretrained.foreign_methods import check_method, without_asking
-from paca.pretrained.generation_settings import find_learned_cache, sampling_settings
+from paca.pretrained.generation_settings import sampling_settings
 from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.out_of_memory import failure_reason, is_out_of_memory
 from paca.pretrained.purpose import check_answers, classifier_in
+from paca.pretrained.put_adapter import put_adapter_on
 from paca.pretrained.quantizing import QUANTIZATIONS, is_quantized, method_of
-from paca.pretrained.tied_weights import untie_for
 
 Message = dict[str, str]
 """`{"role": "user" | "assistant" | "system", "content": text}`"""
@@ -122,39 +116,6 @@ def load_saved(
     if dequantize and is_quantized(model):
         model = model.dequantize()
     return LoadedModel(put_adapter_on(model, adapter, base), pretrained.tokenizer, adapter, pretrained.name_or_path)
-
-
-def put_adapter_on(model: PreTrainedModel | PeftModel, adapter: Path, base: str, name: str = "default") -> PeftModel:
-    """Put an adapter on its base model, beside those that are on it already, and make it the active one.
-
-    Args:
-        model: The base model, or the same one with other adapters.
-        adapter: Its folder.
-        base: Name or path of the model, which `warn_of_other_base` looks at.
-        name: What the model calls the adapter.
-
-    Raises:
-        PacaError: A broken file, or an adapter that does not fit the model, or not beside the others.
-    """
-    weights = weight_file(adapter)
-    warn_of_other_base(adapter, base)
-    try:
-        cast = not is_in(str(model.dtype), weights)  # one that was trained in the model's 16 bits rounds as they do
-        untie_for(model, tensor_names(weights))
-        check_method(adapter, model)
-        with without_asking():
-            if not isinstance(model, PeftModel):
-                adapted = PeftModel.from_pretrained(model, str(adapter), name, autocast_adapter_dtype=cast).eval()
-                find_learned_cache(adapted)
-                return adapted
-            model.load_adapter(str(adapter), name, autocast_adapter_dtype=cast)
-        model.set_adapter(name)
-        return model.eval()
-    except (SafetensorError, EOFError) as error:
-        raise PacaError(f"{weights} is broken: {error}. Copy the file again, or train again.") from error
-    except Exception as error:  # whatever PEFT raises where a config or a file is not what it expects
-        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise PacaError(f"The adapter in {adapter} cannot be put on the model {base}: {reason}") from error
 
 
 def on_accelerator(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,9 +19,10 @@ from paca.pretrained.adapter_folder import (
 )
 from paca.pretrained.adapter_tokenizer import saved_tokenizer
 from paca.pretrained.changed_base import left_by
-from paca.pretrained.generation import LoadedModel, load_for_generation, put_adapter_on
+from paca.pretrained.generation import LoadedModel, load_for_generation
 from paca.pretrained.loading import load_tokenizer
 from paca.pretrained.purpose import check_answers
+from paca.pretrained.put_adapter import put_adapter_on
 from paca.pretrained.quantizing import QUANTIZATIONS
 from paca.tuner.registration import NAME
 

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from paca.messages.errors import PacaError, about
+from paca.messages.shown import shown
 from paca.pretrained import load_config
 from paca.pretrained.loading import Outline, check_folder_is_whole, modules_made_anew
 from paca.pretrained.missing_weights import trunk_of
+from paca.pretrained.purpose import classifier_in
 from paca.training.config.run_config import ModelSection, RunConfig
 
 
@@ -70,6 +72,20 @@ def train_heads(config: RunConfig, model: nn.Module, new: Sequence[str] = ()) ->
     if config.method != "full":
         whole = {*(config.adapter.get("modules_to_save") or ()), *heads_of(model), *new}
         config.adapter["modules_to_save"] = sorted(whole)
+
+
+def check_same_labels(named: ModelSection, labels: Sequence[str] | None) -> None:
+    """Refuse data of other labels than those of the classifier's adapter that is trained on (`model.adapter`).
+
+    Raises:
+        PacaError: With both.
+    """
+    had = None if named.adapter is None or labels is None else classifier_in(named.adapter)
+    if had is not None and had.labels != labels:
+        raise PacaError(
+            f"The adapter in {named.adapter} tells apart {shown(had.labels)}, and the data {shown(labels)}. Train on "
+            "with data that has each of its labels, or begin anew without model.adapter."
+        )
 
 
 def new_modules(named: ModelSection, auto_class: Any, labels: Sequence[str], *, fetch: bool) -> list[str]:

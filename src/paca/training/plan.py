@@ -115,7 +115,7 @@ class Plan:
             ("model", f"{self.config.model.name} ({self.architecture}, {self.parameters:,} parameters, {dtype})"),
             ("blocks", self._blocks()),
             ("method", f"{self.method}{self._adapted()}"),
-            *([("columns", describe_columns(self.config))] if self.method == "paca" else []),
+            *self._begins(),
             *([] if (start := describe_start(self.config)) is None else [("start", start)]),
             *([] if self.experts is None else [("experts", self.experts)]),
             *([] if rank is None else [("factors", f"of rank {rank}: AdamW steps these, and deltas follow")]),
@@ -140,6 +140,13 @@ class Plan:
         if self.processes > 1:
             lines.insert(-2, ("processes", str(self.processes)))
         return lines
+
+    def _begins(self) -> list[tuple[str, str]]:
+        """What the adapter is at first."""
+        if (adapter := self.config.model.adapter) is not None:
+            columns = ", its columns" if self.method == "paca" else ""
+            return [("trained on from", f"{adapter}: its layers{columns} and what it has learned")]
+        return [("columns", describe_columns(self.config))] if self.method == "paca" else []
 
     def _scored(self) -> list[tuple[str, str]]:
         """What the held-out data is scored by as a task, which may take longer than the training."""

@@ -36,7 +36,7 @@ from paca.training.folder.same_run import inputs_of
 from paca.training.learned_tokens import check_learned_tokens
 from paca.training.lora_start import check_directions
 from paca.training.method_state import check_budget
-from paca.training.named_model import new_modules, outline_of, train_heads
+from paca.training.named_model import check_same_labels, new_modules, outline_of, train_heads
 from paca.training.plain_lora import check_clusters
 from paca.training.plan import Plan, planned_steps
 from paca.training.trainers import trainer_kind
@@ -88,6 +88,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     with about("model.name"):
         location = locate(named.name)  # before its tokenizer is looked for
     data = kind.read(config)
+    check_same_labels(named, data.labels)
     train, held_out = data.train, data.eval
     model = outline_of(named, kind.auto_class, data.labels).model
     data.context = context_length(model.config)

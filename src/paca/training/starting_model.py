@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained import Pretrained, load_pretrained
 from paca.pretrained.generation_settings import find_learned_cache, make_savable
+from paca.pretrained.put_adapter import put_adapter_on
 from paca.pretrained.trainable_copy import unpack
 from paca.training.calibration import ColumnChoice
 from paca.training.config.adapter_settings import adapter_config, is_made
@@ -32,6 +34,9 @@ from paca.training.memory import forget_peak_resident_set
 from paca.training.named_model import set_attention
 from paca.training.sharding import spare_buffers
 from paca.training.trainers import trainer_kind
+
+_FIRST = "first"
+"""What a model calls the adapter that its run began with, while it is measured."""
 
 
 def load_model(config: RunConfig, folder: RunFolder, console: Console, labels: list[str] | None = None) -> Pretrained:
@@ -105,6 +110,8 @@ def with_adapter(
         PacaError: The settings don't fit each other.
     """
     spare_buffers(arguments, model)
+    if config.model.adapter is not None:
+        return with_first_adapter(model, config), None
     if config.method == "paca":
         adapter: PeftConfig | None = ColumnChoice(config, examples, arguments, folder.columns, console).adapter(model)
     else:
@@ -122,6 +129,41 @@ def with_adapter(
         return get_peft_model(model, adapter, autocast_adapter_dtype=False), None
     except ValueError as error:
         raise PacaError(f"The section {config.method} does not fit {config.model.name}: {error}") from error
+
+
+def with_first_adapter(model: Any, config: RunConfig) -> PeftModel:
+    """The model with the adapter that the run trains on from (`model.adapter`).
+
+    Raises:
+        PacaError: It does not fit the model, or its file is broken.
+    """
+    named, cast = config.model, config.train["autocast_adapter_dtype"]
+    assert named.adapter is not None
+    adapted = put_adapter_on(model, Path(named.adapter), named.name, cast=cast, trainable=True)
+    ours = adapted.active_peft_config
+    ours.base_model_name_or_path, ours.revision = model.name_or_path, named.revision
+    return adapted
+
+
+@contextmanager
+def as_it_began(adapted: PeftModel, config: RunConfig) -> Iterator[None]:
+    """A block in which a trained model is what its run began with: without its adapter, or with the one of before.
+
+    Args:
+        adapted: The model.
+        config: The resolved run.
+    """
+    named = config.model
+    if named.adapter is None:
+        with adapted.disable_adapter():  # bit for bit the model as it came
+            yield
+        return
+    put_adapter_on(adapted, Path(named.adapter), named.name, _FIRST, cast=config.train["autocast_adapter_dtype"])
+    try:
+        yield
+    finally:
+        adapted.set_adapter("default")
+        adapted.delete_adapter(_FIRST)
 
 
 def finish_trainer(trainer: Any, config: RunConfig) -> None:
@@ -154,6 +196,8 @@ def keep_adapter_dtype(model: Any, config: RunConfig) -> None:
     if quantized and autocast and config.method == "paca":
         # TRL casts what is trained on quantized weights to bfloat16, where small updates would be lost.
         tuner._cast_adapter_dtype("default")
+        if config.model.adapter is not None:  # whose values were rounded on the way
+            model.load_adapter(config.model.adapter, "default", is_trainable=True)
     elif quantized or not autocast:
         # PEFT would cast to float32 what it loads from a checkpoint.
         vars(model)["load_adapter"] = partial(model.load_adapter, autocast_adapter_dtype=False)

@@ -25,7 +25,7 @@ from paca.pretrained.foreign_methods import refused
 from paca.training.config.key_checks import Origins, check_section
 from paca.training.config.typed_values import choices, matches, shown
 
-_NOT_HERE = {
+NOT_HERE = {
     "FROD": "it is laid out from the weights at each load, and in another dtype what was trained does not come back",
     "MULTITASK_PROMPT_TUNING": "PEFT wants the task of each record, and a run's data names none",
     "POLY": "PEFT wants the task of each record, and a run's data names none",
@@ -151,8 +151,8 @@ def _peft_type(settings: Mapping[str, Any], origins: Origins) -> str:
     if kind not in known:
         hint = did_you_mean(kind, known, "{}") or f" It knows {', '.join(known)}."
         raise PacaError(f"{place}: peft.peft_type must be a method of the installed PEFT, not {shown(given)}.{hint}")
-    if kind in _NOT_HERE:
-        raise PacaError(f"{place}: peft.peft_type: {kind} can't be trained here: {_NOT_HERE[kind]}.")
+    if kind in NOT_HERE:
+        raise PacaError(f"{place}: peft.peft_type: {kind} can't be trained here: {NOT_HERE[kind]}.")
     if kind == "CPT" and not settings.get("cpt_token_ids"):
         raise PacaError(f"{place}: peft.cpt_token_ids is missing: the tokens of the examples that CPT begins with.")
     if kind == "ADAMSS" and find_spec("sklearn") is None:

@@ -57,6 +57,10 @@ def load_run_config(
     """
     path = Path(path)
     sections, origins = _read_sections(path, overrides)
+    if isinstance(sections["model"].get("adapter"), str):
+        from paca.training.config.first_adapter import take_adapter
+
+        take_adapter(sections, origins)
     method = _method(sections, origins)
     built: dict[str, Any] = {}
     origins.keys_of_all = partial(_keys_of_all, method, sections)

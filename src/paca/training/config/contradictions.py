@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 from paca.training.config.run_config import CalibrationSection, RunConfig
 
@@ -69,12 +70,20 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
 def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The same of other sections, which the run's trainer has no use for, or can't work with."""
     from paca.columns.selection import FROM_BATCHES
+    from paca.pretrained.adapter_folder import text_setting
     from paca.pretrained.changed_base import left_by, not_saved
     from paca.pretrained.generation_settings import LEARNED_CACHES
     from paca.training.config.adapter_settings import FROM_DATA
     from paca.training.trainers import trainer_kind
 
     kind = trainer_kind(config.train)
+    task = None if config.model.adapter is None else text_setting(Path(config.model.adapter), "task_type")
+    if task is not None and task != kind.task_type:
+        yield (
+            "model.adapter",
+            f"is for the task {task} by its config, and train.trainer: {kind.name} for {kind.task_type or 'images'}. "
+            "Give another trainer or adapter.",
+        )
     if config.data.columns is not None and kind.name == "image_classification":
         yield "data.columns", "is for texts; of images data.label names the column with the label. Leave it out."
     if not isinstance(config.data.train, str) and kind.name == "image_classification":

@@ -19,6 +19,9 @@ class ModelSection:
     """A hub id, a folder that holds a checkpoint, or a GGUF file."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of the weights in memory. `auto` is the checkpoint's own; with `full` float32, as in TRL."""
+    adapter: str | None = None
+    """A run's folder, an adapter's or a hub id to train on from, with its layers, columns, settings and tokenizer. What
+    else it decides may be left out: the method's section, and `name`."""
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     """Quantize the weights as they are loaded (bitsandbytes); the trained columns stay in 16 bits and more."""
     revision: str | None = None
@@ -159,6 +162,8 @@ class RunConfig:
             del sections["data"]["unusable"]
         if self.data.columns is None:
             del sections["data"]["columns"]
+        if self.model.adapter is None:
+            del sections["model"]["adapter"]
         return sections
 
     def to_yaml(self) -> str:

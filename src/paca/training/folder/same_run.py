@@ -19,6 +19,7 @@ from paca.messages.processes import launched_processes
 from paca.messages.program import resume_command
 from paca.messages.shown import setting
 from paca.pretrained import Pretrained
+from paca.pretrained.adapter_folder import weight_file
 from paca.pretrained.base_weights import KEY, rows_of_weights
 from paca.pretrained.content import model_content
 from paca.pretrained.whole_output import write_whole
@@ -246,6 +247,8 @@ def inputs_of(config: RunConfig, train: Examples, held_out: Examples | None) -> 
         found[key] = found.get(key, "") + held_out.content()
     if data.template is not None and Path(data.template).is_file():
         found["data.template"] = hash_of(Path(data.template))
+    if config.model.adapter is not None:
+        found["model.adapter"] = hash_of(weight_file(Path(config.model.adapter)))
     for name, file in _named_files(config.train):
         found[f"train.{name}"] = hash_of(file)
     for name, file in reward_files(config.train):

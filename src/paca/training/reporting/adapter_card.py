@@ -74,7 +74,9 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
     settings = [f"| `{key}` | {train[key]} |" for key in shown]
     seen = f"{summary['tokens']:,} {summary['counts']}"
     epochs = f"{summary['epochs']:.3g}"
-    results = [f"{summary['steps']:,} steps over {seen} ({epochs} {'epoch' if epochs == '1' else 'epochs'})."]
+    first = summary["config"]["model"].get("adapter")
+    begun = "" if first is None else f"Trained on from the adapter in `{first}`. "
+    results = [f"{begun}{summary['steps']:,} steps over {seen} ({epochs} {'epoch' if epochs == '1' else 'epochs'})."]
     if after is not None:
         held_out = f"{data['eval_examples']:,} held-out examples"
         start = "" if before is None else f"{before:.4f} before training and "

@@ -20,7 +20,7 @@ from paca.training.folder.run_folder import RunFolder
 from paca.training.reporting.metrics import MetricsLog
 from paca.training.reporting.progress import busy
 from paca.training.reporting.scores import Scorer, trainers_scores
-from paca.training.starting_model import load_model
+from paca.training.starting_model import as_it_began, load_model, with_first_adapter
 from paca.training.trainers.kind import TrainerKind
 
 
@@ -84,13 +84,16 @@ def scores_by(
     # No line that moves: the scorer may show one, and a terminal has room for one.
     say(console, f"Measuring {wanted.metric} on {len(rows):,} held-out examples ...")
     if wanted.before and isinstance(trained, PeftModel) and left_on(trained) is None:
-        with trained.disable_adapter():  # bit for bit the model as it came
+        with as_it_began(trained, config):
             found["before"] = score(trained, when="before training")
     elif wanted.before:
         trainer.optimizer = trainer.lr_scheduler = None  # its state takes the room of a second model
         trainer.accelerator.free_memory()
         trained.zero_grad(set_to_none=True)
-        before = load_model(config, folder, console).model.to(trained.device)
+        before: Any = load_model(config, folder, console).model
+        if config.model.adapter is not None:
+            before = with_first_adapter(before, config).eval()
+        before = before.to(trained.device)
         with trainer.accelerator.autocast():  # as the trained one runs
             found["before"] = score(before, when="before training")
     if wanted.after:

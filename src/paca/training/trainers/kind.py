@@ -144,9 +144,12 @@ class TrainerKind:
             parts: Further arguments of the trainer: model, args, processing_class, callbacks.
         """
         trainer: Any = self.trainer(peft_config=adapter, **datasets_of(data), **parts)  # type: ignore[call-arg]
-        if "ref" in getattr(trainer.model, "peft_config", ()):
-            # TRL's copy of an adapter that is in the model already and changes nothing yet: disabled it is the same.
-            trainer.model.delete_adapter("ref")
+        model = trainer.model
+        if "ref" in getattr(model, "peft_config", ()):  # TRL's copy of an adapter that is in the model already
+            if config.model.adapter is None:  # and changes nothing yet: disabled it is the same
+                model.delete_adapter("ref")
+            else:  # the reference, which stays as it is and is not saved
+                vars(model)["save_pretrained"] = partial(model.save_pretrained, selected_adapters=["default"])
         return trainer
 
     def check_prepared(self, config: RunConfig, trainer: Any, data: RunData) -> tuple[int, int]:

@@ -28,6 +28,8 @@ def load_reference(config: RunConfig, policy: Any, tokenizer: Any) -> Any:
 
 def told_of_reference(config: RunConfig) -> list[tuple[str, str]]:
     """What it is, as a line of the plan."""
+    if config.model.adapter is not None:
+        return [("reference", "the model with the adapter as it begins, of which a copy is held")]
     if config.method != "full":
         return [("reference", "the model without its adapter; no second copy is held")]
     if config.train.get("precompute_ref_log_probs"):

@@ -1,0 +1,128 @@
+"""`model.adapter`: a run that trains on from an adapter has its method, its settings, its base and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from paca.messages.errors import PacaError
+from paca.messages.shown import shown
+from paca.training.config.key_checks import Origins
+from paca.training.config.run_config import METHODS
+
+_OWN = {"PACA": "paca", "LORA": "lora"}
+"""Methods that have a section of their own."""
+_STARTS = ("selection", "indices", "random_seed", "init_weights", "original_weights")
+"""Fields of PaCA's that say how an adapter begins: this one has begun."""
+_NOT_TRAINED_ON = {
+    "ADALORA": "its file is cut to the ranks that it ended with",
+    **dict.fromkeys(
+        ("CARTRIDGE", "CPT", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+        "PEFT loads learned tokens, keys and values for answering alone",
+    ),
+}
+"""Methods whose adapters can't be trained on, and why (PEFT 0.21.2)."""
+
+
+def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
+    """Fill in what an adapter that training goes on from decides, where the config leaves it out.
+
+    Args:
+        sections: As given, `model.adapter` among them. Changed: `model` gets the adapter's folder, its base, how that
+            was loaded, and its tokenizer; the method's section what the adapter's config says.
+        origins: Where.
+
+    Raises:
+        PacaError: There is no such adapter, it can't be trained on, or the config asks for another one.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from paca.pretrained.adapter_folder import adapter_settings, expanded
+    from paca.training.config.adapter_settings import FROM_DATA, NOT_HERE, adapter_config, adapter_fields, plain
+
+    place, named = origins.of("model.adapter"), sections["model"]["adapter"]
+    adapter = _found(named, place)
+    settings = adapter_settings(adapter)
+    method, kind = _method_of(settings, place, named)
+    for other in METHODS:
+        if other != method and other in sections:
+            raise PacaError(
+                f"{origins.of_section(other)}: the run trains on from {named} (model.adapter), whose method is "
+                f"{method}{'' if method != 'peft' else f' ({kind})'}. Leave the section {other} out."
+            )
+    start = {"peft_type": kind} if method == "peft" else {}
+    if method == "peft" and (kind in NOT_HERE or kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
+        sections[method] = start  # which is refused where the section is checked
+        return
+    fresh = adapter_config(method, start)
+    fields = adapter_fields(method, start)
+    had = {name: settings[name] for name in fields if name in settings and name not in _STARTS}
+    if had.get("init_lora_weights") in FROM_DATA:
+        del had["init_lora_weights"]
+    if kind == "ADAPTION_PROMPT":  # whose target is of PEFT's making
+        had.pop("target_modules", None)
+    for name, given in sections.get(method, {}).items():
+        if name in had and not name.startswith("init_") and _differ(given, had[name]):
+            raise PacaError(
+                f"{origins.of(f'{method}.{name}')}: {method}.{name} is {shown(given)}, and {shown(had[name])} in the "
+                f"adapter that the run trains on from ({named}). Leave it out, or begin anew without model.adapter."
+            )
+    changed = {name: value for name, value in had.items() if value != plain(getattr(fresh, name, None))}
+    sections[method] = start | {name: value for name, value in changed.items() if value is not None}
+    if method == "paca":  # of quantized weights, null as well
+        sections[method]["original_weights"] = settings.get("original_weights")
+    base, given = _base_of(adapter, place), sections["model"].get("name")
+    if given is not None and os.path.abspath(expanded(str(given))) != base.get("name"):  # a copy, or where it moved
+        base = {key: value for key, value in base.items() if key in ("quantization", "tokenizer")}
+    sections["model"] = base | sections["model"] | {"adapter": str(adapter)}
+
+
+def _found(named: str, place: str) -> Path:
+    from paca.pretrained.adapter_folder import find_adapter, weight_file
+    from paca.pretrained.hub_adapter import adapter_of_hub
+
+    try:
+        adapter = adapter_of_hub(named) or find_adapter(named, or_model=False, or_hub=True)
+        if adapter is None:
+            raise PacaError(f"{named} is no adapter. To train a whole model on, give it as model.name.")
+        weight_file(adapter)
+    except PacaError as error:
+        raise PacaError(f"{place}: model.adapter: {error}") from error
+    return adapter.absolute()
+
+
+def _method_of(settings: Mapping[str, Any], place: str, named: str) -> tuple[str, str]:
+    """The section of an adapter's method, and its `peft_type`."""
+    kind = str(settings.get("peft_type"))
+    reason = _NOT_TRAINED_ON.get(kind)
+    if reason is not None:
+        raise PacaError(
+            f"{place}: model.adapter: {named} can't be trained on ({kind}): {reason}. Put it into a model, give that "
+            "as model.name, and begin a new adapter."
+        )
+    return _OWN.get(kind, "peft"), kind
+
+
+def _base_of(adapter: Path, place: str) -> dict[str, Any]:
+    """Keys of the section `model`: what lies beneath an adapter, as its run loaded it, and the tokenizer beside it."""
+    from paca.pretrained.adapter_folder import find_base, find_dtype, find_quantization, find_revision, text_setting
+    from paca.pretrained.quantizing import QUANTIZATIONS
+
+    if text_setting(adapter, "base_model_name_or_path") is None:
+        return {}
+    try:
+        base, quantization = find_base(adapter), find_quantization(adapter)
+        found = {"name": base, "dtype": find_dtype(adapter), "revision": find_revision(adapter, base)}
+    except PacaError as error:
+        raise PacaError(f"{place}: model.adapter: {error}") from error
+    found["quantization"] = quantization if quantization in QUANTIZATIONS else None
+    found["tokenizer"] = str(adapter) if (adapter / "tokenizer_config.json").is_file() else None
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _differ(given: Any, had: Any) -> bool:
+    """Whether two settings are surely different ones: lists of layers may have other names for the same."""
+    simple = (bool, int, float, str)
+    return isinstance(given, simple) and (had is None or isinstance(had, simple)) and given != had

@@ -1,0 +1,212 @@
+"""`model.adapter`: a run goes on from what another one learned, with its columns, settings and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from paca.comparison.settings import load_common
+from paca.evaluation.own_data import scorer
+from paca.messages.errors import PacaError
+from paca.pretrained.generation import load_for_generation
+from paca.training import RunResult, describe, load_run_config, train
+from paca.training import run as run_module
+from training.test_run import SignalAtStep
+from training.tiny_run import adapter, curve, rows, same_adapter
+from training.trainers.conftest import workspace  # noqa: F401 - a fixture
+
+Finished = Callable[..., RunResult]
+LORA = ("paca=null", "lora.r=4", "lora.lora_alpha=4", "lora.target_modules=[q_proj, v_proj]")
+
+
+def train_on(config_file: Path, first: Path, folder: Path, *overrides: str, **options: Any) -> RunResult:
+    config = load_run_config(config_file, [f"model.adapter={first}", f"output.dir={folder}", *overrides])
+    return train(config, console=Console(quiet=True), **options)
+
+
+def held_out_losses(run: Path) -> list[float]:
+    return [row["eval_loss"] for row in rows(run) if row.get("eval_loss") is not None]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((), ()),
+        (("paca.r=6", "paca.selection=gradient_norm"), ("paca=null",)),
+        (("model.dtype=bfloat16", "train.autocast_adapter_dtype=false"), ("train.autocast_adapter_dtype=false",)),
+        (LORA, LORA),
+        (("paca=null", "peft.peft_type=IA3"), ("paca=null",)),
+        (
+            ("paca=null", "peft.peft_type=ADAPTION_PROMPT", "peft.adapter_len=4", "peft.adapter_layers=2"),
+            ("paca=null",),
+        ),
+        ((), ("train.factor_rank=2",)),
+    ],
+    ids=["paca", "columns-by-data", "16-bits", "lora", "ia3", "adaption_prompt", "factors"],
+)
+def test_it_begins_where_the_other_ended(first, then, config_file: Path, finished: Finished, tmp_path: Path) -> None:
+    begun = finished(*first).folder
+    folder = train_on(config_file, begun, tmp_path / "on", *then).folder
+    was, losses = held_out_losses(begun), held_out_losses(folder)
+    assert losses[0] == pytest.approx(was[-1], rel=1e-5)
+    assert losses[0] != pytest.approx(was[0], rel=2e-4)
+    before, after = adapter(begun), adapter(folder)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == name.endswith("paca_indices"), name
+        assert tensor.dtype == after[name].dtype
+    assert load_for_generation(folder).adapter == folder / "adapter"
+    assert f"Trained on from the adapter in `{begun / 'adapter'}`" in (folder / "adapter" / "README.md").read_text()
+
+
+def test_the_section_of_the_method_and_the_model_need_not_be_given(finished: Finished, tmp_path: Path) -> None:
+    first = finished("paca.r=6", "paca.paca_alpha=3").folder
+    given = yaml.safe_load((first / "config.yaml").read_text())
+    config = tmp_path / "on.yaml"
+    config.write_text(yaml.safe_dump({"model": {"adapter": str(first)}, "data": {"train": given["data"]["train"]}}))
+    found = load_run_config(config)
+    assert found.method == "paca"
+    assert (found.adapter["r"], found.adapter["paca_alpha"]) == (6, 3)
+    assert found.model.name == given["model"]["name"]
+    assert found.model.tokenizer == found.model.adapter == str(first / "adapter")
+    assert found.model.dtype == "float32"
+    plan = dict(describe(found).lines())
+    assert str(first / "adapter") in plan["trained on from"]
+    assert "columns" not in plan
+    assert (
+        describe(found).trainable_parameters == json.loads((first / "summary.json").read_text())["trainable_parameters"]
+    )
+
+
+def test_a_stopped_one_goes_on_to_the_same_bits(
+    config_file: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = finished().folder
+    train_on(config_file, first, tmp_path / "whole")
+    monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
+    monkeypatch.setattr(SignalAtStep, "step", 4)
+    assert train_on(config_file, first, tmp_path / "parts").resume_command is not None
+    monkeypatch.setattr(SignalAtStep, "step", -1)
+    train_on(config_file, first, tmp_path / "parts", resume=True)
+    assert same_adapter(tmp_path / "whole", tmp_path / "parts")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+
+
+def test_it_is_not_resumed_from_another_adapter(
+    config_file: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = finished().folder / "adapter" / "adapter_model.safetensors"
+    first = train_on(config_file, finished().folder, tmp_path / "first").folder
+    monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
+    monkeypatch.setattr(SignalAtStep, "step", 2)
+    train_on(config_file, first, tmp_path / "on")
+    file = first / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(PacaError, match=r"The content of model\.adapter .* is no longer"):
+        train_on(config_file, first, tmp_path / "on", resume=True)
+
+
+def test_scores_before_training_are_those_of_the_first_adapter(
+    config_file: Path, finished: Finished, tmp_path: Path
+) -> None:
+    first, wanted = finished().folder, ("eval.metric=token_accuracy",)
+    config = load_run_config(config_file, [f"output.dir={tmp_path / 'scored'}", *wanted])
+    scored = train(config, scorer=scorer(config.eval), console=Console(quiet=True)).summary
+    folder = tmp_path / "on"
+    on = load_run_config(config_file, [f"model.adapter={first}", f"output.dir={folder}", *wanted])
+    summary = train(on, scorer=scorer(on.eval), console=Console(quiet=True)).summary
+    assert scored is not None
+    assert summary is not None
+    accuracy = [side["scores"][when]["token_accuracy"] for side in (scored, summary) for when in ("before", "after")]
+    assert accuracy[2] == pytest.approx(accuracy[1], abs=1e-6)
+    assert accuracy[2] != pytest.approx(accuracy[0], abs=1e-6)
+    assert set(load_file(folder / "adapter" / "adapter_model.safetensors")) == set(adapter(first))
+
+
+def test_preferences_are_held_against_the_adapter_as_it_was(workspace: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = finished_dpo(workspace, tmp_path / "first")
+    on = finished_dpo(workspace, tmp_path / "on", f"model.adapter={first}")
+    log = rows(on)
+    begun = next(row for row in log if row["step"] == 0)
+    assert begun["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)  # the same model as its reference
+    assert begun["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
+    for folder in (on / "adapter", *(on / "checkpoints").iterdir()):
+        assert not (folder / "ref").exists()
+    moved = adapter(on)
+    assert any(not torch.equal(tensor, moved[name]) for name, tensor in adapter(first).items())
+    lines = dict(describe(load_run_config(on / "config.yaml")).lines())
+    assert "adapter as it begins" in lines["reference"]
+
+
+def finished_dpo(workspace: Path, folder: Path, *overrides: str) -> Path:  # noqa: F811
+    config = load_run_config(workspace / "dpo.yaml", [f"output.dir={folder}", *overrides])
+    return train(config, console=Console(quiet=True)).folder
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ((), ("paca.r=8",), r"--set: paca\.r is 8, and 4 in the adapter"),
+        ((), LORA, r"the section lora|method is paca\. Leave the section lora out"),
+        ((), ("paca.rotate_every=3",), r"paca\.rotate_every is 3, and None in the adapter"),
+        (
+            ("paca=null", "peft.peft_type=P_TUNING", "peft.num_virtual_tokens=4"),
+            ("paca=null",),
+            r"can't be trained on \(P_TUNING\): PEFT loads learned tokens",
+        ),
+        ((), ("train.trainer=classification",), r"model\.adapter is for the task CAUSAL_LM"),
+    ],
+    ids=["other-r", "other-method", "rotating", "p_tuning", "other-task"],
+)
+def test_what_does_not_go_on_is_refused_by_name(
+    first, then, message: str, config_file: Path, finished: Finished
+) -> None:
+    begun = finished(*first).folder
+    with pytest.raises(PacaError, match=message):
+        load_run_config(config_file, [f"model.adapter={begun}", *then])
+
+
+def test_a_model_or_nothing_is_refused_as_an_adapter(config_file: Path) -> None:
+    model = load_run_config(config_file).model.name
+    with pytest.raises(PacaError, match=r"model\.adapter: .* is no adapter\. To train a whole model on"):
+        load_run_config(config_file, [f"model.adapter={model}"])
+    with pytest.raises(PacaError, match=r"model\.adapter: No such folder"):
+        load_run_config(config_file, ["model.adapter=./nowhere"])
+
+
+def test_a_comparison_refuses_it(config_file: Path, finished: Finished) -> None:
+    with pytest.raises(PacaError, match=r"model\.adapter has no place in a comparison"):
+        load_common(config_file, [f"model.adapter={finished().folder}"])
+
+
+def test_quantized_weights_are_quantized_again_and_deltas_not_rounded(
+    config_file: Path, finished: Finished, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    first = finished("model.quantization=nf4").folder
+    config = load_run_config(config_file, [f"model.adapter={first}", f"output.dir={tmp_path / 'on'}"])
+    assert config.model.quantization == "nf4"
+    folder = train(config, console=Console(quiet=True)).folder
+    assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-6)
+
+
+def test_labels_must_be_those_of_the_classifier(workspace: Path, tmp_path: Path) -> None:  # noqa: F811
+    first = load_run_config(workspace / "classification.yaml", [f"output.dir={tmp_path / 'first'}"])
+    train(first, console=Console(quiet=True))
+    other = tmp_path / "other.jsonl"
+    text = Path(str(first.data.train)).read_text()
+    other.write_text(text.replace('"other"', '"thing"'))
+    on = [f"model.adapter={tmp_path / 'first'}", f"output.dir={tmp_path / 'on'}"]
+    with pytest.raises(PacaError, match=r"tells apart \['animal', 'other'\], and the data \['animal', 'thing'\]"):
+        describe(load_run_config(workspace / "classification.yaml", [*on, f"data.train={other}"]))
+    folder = train(load_run_config(workspace / "classification.yaml", on), console=Console(quiet=True)).folder
+    assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(tmp_path / "first")[-1], rel=1e-4)
