@@ -378,7 +378,7 @@ def test_the_best_model_is_found_again_in_a_folder_that_was_moved(run: Runner, t
 
 
 def test_a_run_that_saves_at_its_best_stops_with_a_checkpoint_where_it_is_not(run: Runner, tmp_path: Path) -> None:
-    best = ["train.save_strategy=best", "train.metric_for_best_model=loss", "train.greater_is_better=true"]
+    best = ["train.save_strategy=best", "train.greater_is_better=true"]  # of the loss, where nothing is said
     run("whole", *best)
     stopped = run("stopped", *best, stop_at=4)  # where it is evaluated, and the highest loss was at step 2
     assert stopped.resume_command is not None

@@ -171,6 +171,8 @@ def with_defaults(
     if settings.get("load_best_model_at_end"):  # which needs a checkpoint at each evaluation
         defaults["save_strategy"] = settings.get("eval_strategy", defaults["eval_strategy"])
         defaults["save_steps"] = settings.get("eval_steps", 0.2)
+    if settings.get("save_strategy") == "best":  # by what, transformers wants to be told
+        defaults["metric_for_best_model"] = "loss"
     if settings.get("gradient_checkpointing") is not None:  # the older name of the same field
         del defaults[_checkpointing_field()]
     if method != "full":
