@@ -47,6 +47,10 @@ def writes(completions, **kwargs):
     return ["good" for _ in completions]
 def stops(completions, **kwargs):
     return [1.0]
+def divides(completions, **kwargs):
+    return [1.0, float("nan")]
+def bans(completions, **kwargs):
+    return [1.0, -float("inf")]
 def nothing(completions, **kwargs):
     return None
 def works(completions, answer, **kwargs):
@@ -61,6 +65,8 @@ def works(completions, answer, **kwargs):
         ("nothing", "own_rewards:nothing fails with TypeError"),
         ("writes", "a number or None for each of 2 completions; it returned 'good' among them"),
         ("stops", "for each of 2 completions; it returned 1 values"),
+        ("divides", "a number or None for each of 2 completions; it returned nan among them"),
+        ("bans", "a number or None for each of 2 completions; it returned -inf among them"),
     ],
 )
 def test_a_function_that_gives_no_numbers_is_one_error(

@@ -47,6 +47,7 @@ def with_data(workspace: Path, tmp_path: Path, name: str, records: list[dict[str
         ("classification", "train.max_length=0", "train.max_length must be above zero"),
         ("grpo", "train.reward_funcs=null", "train.reward_funcs must be"),
         ("grpo", "train.reward_funcs=[]", "needs train.reward_funcs, one or a list of: exact_match, .*function"),
+        ("grpo", "train.reward_weights=[1.0]", "--set: train.reward_weights has 1 number, and train.reward_funcs 2:"),
         ("grpo", "train.answer_pattern='('", "'\\(' is no regular expression"),
     ],
 )

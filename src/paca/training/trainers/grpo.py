@@ -60,12 +60,20 @@ class Grpo(TrainerKind):
     probed = False
 
     def check(self, settings: Mapping[str, Any], origins: Origins) -> None:
-        """There are rewards, and the pattern is one."""
+        """There are rewards, each with its weight where weights are given, and the pattern is one."""
         if not settings.get("reward_funcs"):
             raise PacaError(
                 f"{origins.of('train')}: train.trainer: grpo needs train.reward_funcs, one or a list of: "
                 f"{', '.join(BUILT_IN)}, package.module:function, or a reward model (a run of train.trainer: reward, a "
                 "folder or a hub id)."
+            )
+        functions, weights = settings["reward_funcs"], settings.get("reward_weights")
+        count = 1 if isinstance(functions, str) else len(functions)
+        if weights is not None and len(weights) != count:
+            raise PacaError(
+                f"{origins.of('train.reward_weights')}: train.reward_weights has {len(weights)} "
+                f"number{'s' * (len(weights) != 1)}, and train.reward_funcs {count}: one for each was expected, in "
+                "their order."
             )
         check_pattern(settings.get("answer_pattern"), "train.answer_pattern")
 

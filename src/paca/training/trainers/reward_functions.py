@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import os
 import sys
 import traceback
@@ -148,7 +149,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., list[floa
                 f"train.reward_funcs: {name} fails with {type(error).__name__}: {error} ({place.filename}, line "
                 f"{place.lineno}). Correct the function."
             ) from error
-        wrong = [value for value in rewards if value is not None and not hasattr(value, "__float__")]
+        wrong = [value for value in rewards if value is not None and not _is_finite(value)]
         if wrong or len(rewards) != len(completions):
             given = f"{wrong[0]!r} among them" if wrong else f"{len(rewards)} values"
             raise PacaError(
@@ -158,6 +159,15 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., list[floa
         return rewards
 
     return reward
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that says something: TRL takes NaN for no reward, and by an infinite one nothing in its
+    group is learned."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # a text, a tensor of several, more than a float holds
+        return False
 
 
 def check_columns(rewards: list[Reward], examples: Examples) -> None:
