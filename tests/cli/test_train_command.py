@@ -115,7 +115,9 @@ def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace:
     taken = f"Before it is trained: {workspace / 'full'} already holds a finished run. Give another output.dir"
     assert taken in again.stdout.splitlines()[-1]
     refused = forked_paca("export", workspace / "full", "--to", "lora", "--output", workspace / "x")
-    assert "is a whole model, not an adapter" in refused.stderr
+    assert "is a run that trained the whole model, so it has no adapter; see" in refused.stderr
+    exported = forked_paca("export", workspace / "full", "--to", "merged", "--output", workspace / "x")
+    assert (exported.returncode, (workspace / "x" / "model.safetensors").is_file()) == (0, True), exported.stderr
     base = load_run_config(file).model.name
     for switches in (("--base",), ("--beside", "base")):
         alone = forked_paca("chat", workspace / "full", "--prompt", "a cat", *switches, cwd=workspace)

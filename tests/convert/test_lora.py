@@ -234,6 +234,10 @@ def test_what_is_no_paca_adapter_is_refused(uneven: Path, tmp_path: Path) -> Non
     export_adapter(uneven / "adapter", tmp_path / "lora", "lora")
     with pytest.raises(PacaError, match="holds an adapter of LORA, which PEFT loads as it is"):
         export_adapter(tmp_path / "lora", tmp_path / "again", "lora")
+    learned = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(llama(), learned).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(PacaError, match=r"adapter of PROMPT_TUNING, .* only PaCA's are exported.$"):  # nor merged
+        export_adapter(tmp_path / "prompt", tmp_path / "again", "lora", base_model=str(uneven / "base"))
     with pytest.raises(PacaError, match="a whole model, not an adapter"):
         export_adapter(uneven / "base", tmp_path / "again", "lora")
     with pytest.raises(PacaError, match="No such folder"):

@@ -37,12 +37,12 @@ def export(
     """Write an adapter for other programs: LoRA, a merged model, llama.cpp, or PEFT's own PaCA."""
     if to not in FORMS:
         raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
-    adapter_in(path)  # before what it takes to convert one: a wrong path is no reason to wait
     if to == "merged":
         from paca.cli.merge import merge
 
         merge(path, output, base_model=base_model, overwrite=overwrite)
         return
+    adapter_in(path)  # before what it takes to convert one: a wrong path is no reason to wait
     if to == "gguf":
         gguf_output(path, output, base_model, overwrite)
     else:

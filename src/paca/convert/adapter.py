@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -160,9 +161,12 @@ def _read(folder: Path, base: str) -> Adapter:
     tensors = read_tensors(weight_file(folder))
     kind = adapter_settings(folder).get("peft_type")
     if kind != "PACA":
+        tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING  # those of prompts have nothing to fold in
+        folds = hasattr(tuners.get(str(kind)), "merge_and_unload")
+        merging = f" Folded into its model every tool loads it: {program()} merge {folder} --output MODEL" * folds
         raise PacaError(
             f"{folder} holds an adapter of {printable(str(kind), longest=99)}, which PEFT loads as it is; only PaCA's "
-            f"are exported. Folded into its model every tool loads it: {program()} merge {folder} --output MODEL"
+            f"are exported.{merging}"
         )
     if any(name.endswith(".paca_w") for name in tensors):
         raise PacaError(

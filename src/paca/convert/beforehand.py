@@ -20,6 +20,9 @@ def adapter_in(path: str | Path) -> Path:
     """The folder of the adapter that `path`, a run or an adapter folder, stands for; PacaError without one."""
     adapter = find_adapter(path, or_model=False)
     if adapter is None:
+        model = Path(path).expanduser() / "model"
+        if model.is_dir():
+            raise PacaError(f"{path} is a run that trained the whole model, so it has no adapter; see {model}.")
         raise PacaError(f"{path} is a whole model, not an adapter. Give the folder of a run or of an adapter.")
     return adapter
 
