@@ -238,13 +238,20 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "runs" / "bad-lr0.003-seed0" / "failed.json").stat().st_mtime_ns == written
 
 
-def test_a_run_that_was_killed_goes_on_with_the_next_call(tmp_path: Path, uninterrupted: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(-9, "killed by SIGKILL"), (1, "The disk is full: checkpoint-4 could not be written."),
+     (1, "Your disk quota is used up: checkpoint-4 could not be written.")],
+)  # fmt: skip
+def test_a_run_that_was_killed_or_found_no_room_goes_on_with_the_next_call(
+    tmp_path: Path, uninterrupted: Path, status: int, message: str
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(uninterrupted, out)
     killed = out / "runs" / NAMES[3]
     (killed / "summary.json").unlink()
     save_checkpoint(killed / "checkpoints" / "checkpoint-2", 2)
-    (killed / "failed.json").write_text('{"exit_status": -9, "error_msg": "killed by SIGKILL"}')
+    (killed / "failed.json").write_text(json.dumps({"exit_status": status, "error_msg": message}))
     small_work(out).run()
     assert not (killed / "failed.json").exists()
     assert (killed / "log.txt").read_text().splitlines()[-1] == "Resuming after step 2."

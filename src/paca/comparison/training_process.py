@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paca.messages.disk import says_full
 from paca.pretrained.claims import Claim
 from paca.pretrained.out_of_memory import says_out_of_memory
 from paca.pretrained.whole_output import write_whole
@@ -127,7 +128,7 @@ def failure_of(folder: RunFolder) -> dict[str, Any] | None:
 def how_to_try_again(folder: RunFolder) -> str:
     """A sentence on how a run that failed is made again."""
     failure = failure_of(folder)
-    if failure is None or failure["exit_status"] < 0:  # see `forget_kill`
+    if failure is None or _passes(failure):  # see `forget_what_passes`
         return "The same command tries it again."
     return f"To try it again, delete {folder.path / FAILURE} and give the same command again."
 
@@ -137,8 +138,14 @@ def ran_out_of_memory(failure: Mapping[str, Any]) -> bool:
     return failure["exit_status"] in (-signal.SIGKILL, 128 + signal.SIGKILL) or says_out_of_memory(failure["error_msg"])
 
 
-def forget_kill(folder: RunFolder) -> None:
-    """Let a run that a signal killed, as for want of memory, be taken up again from its newest checkpoint."""
+def forget_what_passes(folder: RunFolder) -> None:
+    """Let a run that a signal killed, as for want of memory, or that found the disk full, be taken up again from its
+    newest checkpoint."""
     failure = failure_of(folder)
-    if failure is not None and failure["exit_status"] < 0:
+    if failure is not None and _passes(failure):
         (folder.path / FAILURE).unlink(missing_ok=True)
+
+
+def _passes(failure: Mapping[str, Any]) -> bool:
+    """Whether a failure was of the machine in that hour, and says nothing of the run."""
+    return failure["exit_status"] < 0 or says_full(failure["error_msg"])

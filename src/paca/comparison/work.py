@@ -17,7 +17,7 @@ from paca.comparison.method_result import why_failed
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
-from paca.comparison.training_process import PROGRAM, TrainingProcess, forget_kill, how_to_try_again
+from paca.comparison.training_process import PROGRAM, TrainingProcess, forget_what_passes, how_to_try_again
 from paca.messages.say import say
 from paca.messages.units import format_duration
 from paca.training.folder.run_folder import RunFolder
@@ -94,8 +94,8 @@ class Work:
             KeyboardInterrupt: Ctrl-C; the run that was going on has saved a checkpoint.
         """
         told = None
-        for path in self.comparison.runs.glob("*"):  # each call tries those once more that were killed
-            forget_kill(RunFolder(path))
+        for path in self.comparison.runs.glob("*"):  # each call tries those once more
+            forget_what_passes(RunFolder(path))
         self._rows.clear()
         self.rows()
         if self.by_row:

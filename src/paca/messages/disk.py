@@ -115,6 +115,11 @@ def _reason(error: BaseException | None) -> tuple[int | None, Path | None]:
     return weak
 
 
+def says_full(told: str) -> bool:
+    """Whether the text of a `DiskError`, as another process may have left it, is of a full disk or a used up quota."""
+    return told.startswith(tuple(map(_full, (errno.ENOSPC, errno.EDQUOT))))
+
+
 def _full(number: int) -> str:
     return {errno.ENOSPC: "The disk is full", errno.EDQUOT: "Your disk quota is used up"}.get(
         number, "A limit on the size of files is reached"
