@@ -300,7 +300,7 @@ def test_answers_none_of_which_is_right_point_to_what_is_compared(
     shown = shown_of(summary)
     hint = "No answer is its whole reference, which exact_match compares; answers end after 64 tokens"
     assert (hint in shown) == told
-    assert (", 4:00 for exact_match\n" in shown) == (pattern is None)
+    assert (" 4:00 more for exact_match\n" in shown) == (pattern is None)
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,21 @@ def test_a_difference_within_the_spread_shows_nothing(by: float) -> None:
     assert "95 % interval -" in found.verdict
 
 
+def test_it_is_told_where_the_loss_decided_between_rates() -> None:
+    changed = {"metric": "exact_match", "lower_is_better": False, "score_stderr": 0.1, "eval_examples": 12}
+    tried = [row("paca", 0, score, **{**changed, "learning_rate": rate}) for rate, score in ((1e-3, 0.4), (2e-3, 0.45))]
+    tried += [row("paca", 0, 0.2, **{**changed, "learning_rate": 4e-3}), row("paca", 1, 0.9, **changed)]
+    level = MethodResult("paca", "r 8", 1e-3, [tried[0], tried[3]], tried)
+    alone = [row("lora", 0, score, **{**changed, "learning_rate": rate}) for rate, score in ((1e-3, 0.4), (2e-3, 0.7))]
+    clear = MethodResult("lora", "r 8", 2e-3, alone[1:], alone)
+    told = ComparisonResult([level, clear], []).judged_by
+    assert told == [
+        "Judged by exact_match on 12 held-out examples. Rates that are level by it, among which the held-out loss "
+        "decided: paca (0.001, 0.002)."
+    ]
+    assert ComparisonResult([clear, clear], []).judged_by == ["Judged by exact_match on 12 held-out examples."]
+
+
 def test_one_seed_shows_nothing_and_says_so() -> None:
     found = result({"paca": {0: 0.5}, "lora": {0: 1.0}})
     assert found.contrasts[0].finding == "unknown"

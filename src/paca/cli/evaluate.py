@@ -160,12 +160,12 @@ def evaluate(
                 from paca.evaluation.side_by_side import rows_of
                 from paca.pretrained.conversation import other_form
 
+                if remark := other_form(loaded, chat_template):  # now, while there is time to ask otherwise
+                    say(console, remark, "yellow")
                 settings = HarnessSettings(num_fewshot, limit, batch_size, chat_template)
                 results = evaluate_tasks(loaded, found, settings, output, shown)
                 shown.finish()
                 print_table(console, rows_of(results))
-                if remark := other_form(loaded, chat_template):
-                    say(console, remark)
                 say_what_is_left(loaded, console)
                 say(console, f"Written: {output / 'results.json'}")
             if mt_bench is not None and judge_url is not None and judge_model is not None:

@@ -178,7 +178,7 @@ def show_result(result: RunResult, console: Console) -> None:
     asked, scores = summary["config"]["eval"], summary["scores"] or {}
     took += " with evaluations and checkpoints"
     if asked["metric"] is not None and "scores_seconds" in summary:  # older runs have it not
-        took += f", {format_duration(summary['scores_seconds'])} for {asked['metric']}"
+        took += f", and {format_duration(summary['scores_seconds'])} more for {asked['metric']}"
     lines = []
     if after is not None:
         lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paca.comparison.comparable import at
-from paca.comparison.rows import Row
+from paca.comparison.rows import SHARES, Row
 from paca.comparison.statistics import Interval, interval_as_dict, mean_interval
 
 
@@ -54,6 +54,18 @@ class MethodResult:
             time / row["steps"] for row in self.tried if (time := row["train_info"]["train_time"]) and row["steps"]
         ]
         return (min(steps), max(steps)) if steps else None
+
+    @property
+    def level_rates(self) -> list[float]:
+        """The rates among which the loss decided: their shares lie within one standard error of the highest, by the
+        seed that rates are searched with. None where the score decided."""
+        searched = [row for row in self.tried if row["seed"] == self.tried[0]["seed"] and row["score"] is not None]
+        if self.rate is None or not searched or searched[0]["metric"] not in SHARES:
+            return []
+        top = max(searched, key=lambda row: row["score"])
+        bound = top["score"] - (top["score_stderr"] or 0.0) * (1 + 1e-9) - 1e-12  # as `paca.comparison.schedule`
+        found = sorted(row["learning_rate"] for row in searched if row["score"] >= bound)
+        return found if len(found) > 1 and self.rate in found else []
 
     def mean(self, *path: str) -> float | None:
         """Over the seeds, of a number in the rows, such as `mean("train_info", "train_time")`."""

@@ -123,7 +123,13 @@ class ComparisonResult:
         if not counts:
             return []
         shown = " or ".join(f"{count:,}" for count in counts)
-        return [f"Judged by {self.metric} on {shown} held-out example{'s' * (counts[-1] > 1)}."]
+        told = f"Judged by {self.metric} on {shown} held-out example{'s' * (counts[-1] > 1)}."
+        level = [
+            f"{one.name} ({', '.join(map('{:g}'.format, one.level_rates))})" for one in self.methods if one.level_rates
+        ]
+        if level:
+            told += f" Rates that are level by it, among which the held-out loss decided: {'; '.join(level)}."
+        return [told]
 
     @property
     def too_few(self) -> list[str]:

@@ -126,7 +126,7 @@ class Plan:
             *([] if self.data.template is None else [("template", self.data.template)]),
             ("loss on", scope),
             *kind.lines(self.config),
-            ("held-out examples", "none" if self.eval_examples is None else f"{self.eval_examples:,}"),
+            ("held-out examples", self._held_out()),
             *self._scored(),
             (f"{kind.counts} per step", per_step),
             ("steps", self._steps()),
@@ -140,6 +140,11 @@ class Plan:
         if self.processes > 1:
             lines.insert(-2, ("processes", str(self.processes)))
         return lines
+
+    def _held_out(self) -> str:
+        if self.eval_examples is None:
+            return "none"
+        return f"{self.eval_examples:,}{' (eval.limit)' if self.eval_examples == self.config.eval.limit else ''}"
 
     def _begins(self) -> list[tuple[str, str]]:
         """What the adapter is at first."""
