@@ -62,7 +62,7 @@ def works(completions, answer, **kwargs):
     ("name", "message"),
     [
         ("fails", r"own_rewards:fails fails with ZeroDivisionError: division by zero \(.*own_rewards.py, line 3\)"),
-        ("nothing", "own_rewards:nothing fails with TypeError"),
+        ("nothing", "a number or None for each of 2 completions; it returned None"),
         ("writes", "a number or None for each of 2 completions; it returned 'good' among them"),
         ("stops", "for each of 2 completions; it returned 1 values"),
         ("divides", "a number or None for each of 2 completions; it returned nan among them"),
@@ -82,6 +82,13 @@ def test_a_function_that_gives_no_numbers_is_one_error(
     assert working.function(completions=["a", "b"], answer=["", ""]) == [1, None]
     assert list(inspect.signature(working.function).parameters) == ["completions", "answer", "kwargs"]
     assert working.function.__name__ == "works"
+
+
+def test_a_language_models_adapter_is_no_reward_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(PacaError, match=r"holds an adapter of a language model, which gives no reward\. Give a run of"):
+        find_rewards({"reward_funcs": str(tmp_path)})
 
 
 def test_columns_whose_names_the_trainer_takes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ from paca.data.conversion import ORIGIN
 from paca.messages.errors import PacaError
 from paca.messages.install import how_to_install
 from paca.messages.nearest import did_you_mean
+from paca.messages.shown import shown
 from paca.pretrained import load_pretrained
+from paca.pretrained.adapter_folder import ADAPTER_CONFIG
 from paca.pretrained.answer_pattern import extract_answers
 from paca.pretrained.generation import load_saved
 from paca.pretrained.out_of_memory import is_out_of_memory
@@ -97,6 +99,12 @@ def _find(name: str, pattern: str | None) -> Reward:
             f"train.reward_funcs: there is no {name!r}.{did_you_mean(name, BUILT_IN)} Built in are "
             f"{', '.join(BUILT_IN)}; others are package.module:function, or a reward model's folder or hub id."
         )
+    adapted = any((Path(name) / part / ADAPTER_CONFIG).is_file() for part in ("", "adapter"))
+    if adapted and classifier_in(name) is None:
+        raise PacaError(
+            f"train.reward_funcs: {name} holds an adapter of a language model, which gives no reward. Give a run of "
+            "train.trainer: reward."
+        )
     return Reward(name, None)
 
 
@@ -140,7 +148,7 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., list[floa
     @functools.wraps(function)
     def reward(*args: Any, completions: list[Any], **kwargs: Any) -> list[float]:
         try:
-            rewards = list(function(*args, completions=completions, **kwargs))
+            found = function(*args, completions=completions, **kwargs)
         except Exception as error:  # whatever the user's code raises
             if is_out_of_memory(error):
                 raise
@@ -149,9 +157,13 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., list[floa
                 f"train.reward_funcs: {name} fails with {type(error).__name__}: {error} ({place.filename}, line "
                 f"{place.lineno}). Correct the function."
             ) from error
+        try:
+            rewards = list(found)
+        except TypeError:  # one number for all, or nothing
+            rewards = []
         wrong = [value for value in rewards if value is not None and not _is_finite(value)]
         if wrong or len(rewards) != len(completions):
-            given = f"{wrong[0]!r} among them" if wrong else f"{len(rewards)} values"
+            given = f"{wrong[0]!r} among them" if wrong else f"{len(rewards)} values" if rewards else shown(found)
             raise PacaError(
                 f"train.reward_funcs: {name} must return a number or None for each of {len(completions)} completions; "
                 f"it returned {given}. Correct the function."
