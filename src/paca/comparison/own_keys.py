@@ -11,7 +11,11 @@ from paca.training.config.strict_yaml import parse_value
 Sections = Mapping[str, Mapping[str, Any]]
 
 SEEDS = {"train.seed": "--seeds gives each run its own", "paca.random_seed": "PaCA's columns follow the run's --seeds"}
-_OWN = {**SEEDS, "eval.after": "methods are compared by what is measured after training"}
+_OWN = {
+    **SEEDS,
+    "eval.after": "methods are compared by what is measured after training",
+    "train.early_stopping_patience": "each run of a comparison makes all its steps",
+}
 _FOLDER = "each run has its own folder in --output"
 
 

@@ -183,6 +183,10 @@ class Plan:
         return f": is it right? It is {self.rate_far_off}" if self.rate_far_off else ""
 
     def _steps(self) -> str:
+        patience = self.config.train.get("early_stopping_patience")
+        return self._all_steps() + ("" if patience is None else f" at most (early_stopping_patience {patience})")
+
+    def _all_steps(self) -> str:
         if (packed := self.data.packed) is None:
             return f"{planned_steps(self.train_examples - self._unusable(), self.config.train, self.processes):,}"
         steps = planned_steps(packed.sequences, {**self.config.train, "packing": False}, self.processes)

@@ -26,6 +26,7 @@ from paca.pretrained.whole_output import put_in_place, write_whole
 from paca.training.config import train_settings
 from paca.training.config.run_config import RunConfig
 from paca.training.data_order import SetEpochOfSampler
+from paca.training.early_stop import StopEarly, since_best
 from paca.training.failures import explained, told_how_to_go_on
 from paca.training.finite_loss import StopOnNonFiniteLoss
 from paca.training.folder.checkpoints import WholeCheckpoints, kept_step, load_if_finished
@@ -252,6 +253,8 @@ class _Run:
         folder, console = self.folder, self.console
         callbacks: list[Any] = [self.stopper, SetEpochOfSampler(), TellUntrainedLayers(console)]
         callbacks += method_callbacks(self.config, folder)
+        if (patience := self.config.train.get("early_stopping_patience")) is not None:
+            callbacks.append(StopEarly(patience, console))
         model, adapter = with_adapter(pretrained.model, self.config, arguments, self.data.train, folder, console)
         try:
             given = {"processing_class": pretrained.tokenizer, "callbacks": callbacks}
@@ -271,7 +274,9 @@ class _Run:
         trainer = self.trainer
         if self.checkpoint is not None:
             state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
-            if load_if_finished(trainer, state, self.checkpoint, self.folder):
+            patience = self.config.train.get("early_stopping_patience")
+            early = patience is not None and since_best(state, trainer.args) >= patience
+            if load_if_finished(trainer, state, self.checkpoint, self.folder, early=early):
                 self.stopper.raise_discarded()
                 return state
             say(self.console, self.kind.resuming(trainer.args, state))

@@ -26,9 +26,16 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield key, f"is {count}; a count of records must be 1 or more."
     if evaluation.metric is not None and data.eval is None:
         yield "eval.metric", "is measured on held-out data; give data.eval too."
-    for key, needs in (("load_best_model_at_end", train.get("load_best_model_at_end")), ("save_strategy", saves_best)):
+    patience = train.get("early_stopping_patience")
+    by_best = {"load_best_model_at_end": train.get("load_best_model_at_end"), "early_stopping_patience": patience}
+    for key, needs in {**by_best, "save_strategy": saves_best}.items():
         if needs and data.eval is None:
             yield f"train.{key}", f"is {train[key]}: the best one is that of held-out data. Give data.eval too."
+    if patience is not None and train.get("eval_strategy") == "no":
+        yield (
+            "train.early_stopping_patience",
+            "goes by evaluations, and train.eval_strategy is no. Leave one of them out.",
+        )
     if evaluation.answer_pattern is not None and evaluation.metric != "exact_match":
         yield "eval.answer_pattern", "goes with eval.metric: exact_match. Leave it out."
     counts = {f"calibration.{name}": count for name, count in dataclasses.asdict(config.calibration).items()}

@@ -21,8 +21,13 @@ from paca.training.config.learning_rate import AUTO, automatic_rate
 from paca.training.reporting.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
 
-OWN: dict[str, Any] = {"trainer": str, "autocast_adapter_dtype": bool, "factor_rank": int | None}
-"""Keys of ours: which trainer, an argument of `peft.get_peft_model`, and one of `paca.FactoredAdamW`."""
+OWN: dict[str, Any] = {
+    "trainer": str,
+    "autocast_adapter_dtype": bool,
+    "factor_rank": int | None,
+    "early_stopping_patience": int | None,
+}
+"""Keys of ours: which trainer, an argument of `peft.get_peft_model`, one of `paca.FactoredAdamW`, one of a callback."""
 
 _WITHOUT_EFFECT = ("trainer", "include_num_input_tokens_seen", "remove_unused_columns")
 """On the result, whatever our default for them."""
@@ -31,7 +36,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "above zero": (
         lambda value: 0 < value < math.inf,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs "
-        "max_length logging_steps save_steps eval_steps factor_rank",
+        "max_length logging_steps save_steps eval_steps factor_rank early_stopping_patience",
     ),
     "zero or more": (
         lambda value: 0 <= value < math.inf,
@@ -168,7 +173,11 @@ def with_defaults(
     }
     if settings.get("eval_strategy", defaults["eval_strategy"]) == "steps":
         defaults["eval_steps"] = 0.2
-    if settings.get("load_best_model_at_end"):  # which needs a checkpoint at each evaluation
+    if settings.get("early_stopping_patience") is not None:
+        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    if settings.get(
+        "load_best_model_at_end", defaults.get("load_best_model_at_end")
+    ):  # which needs a checkpoint at each evaluation
         defaults["save_strategy"] = settings.get("eval_strategy", defaults["eval_strategy"])
         defaults["save_steps"] = settings.get("eval_steps", 0.2)
     if settings.get("save_strategy") == "best":  # by what, transformers wants to be told

@@ -121,7 +121,9 @@ def kept_step(state: TrainerState, arguments: TrainingArguments) -> int:
     return state.best_global_step if arguments.load_best_model_at_end and state.best_global_step else state.global_step
 
 
-def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, folder: RunFolder) -> bool:
+def load_if_finished(
+    trainer: Any, state: TrainerState, checkpoint: Path, folder: RunFolder, *, early: bool = False
+) -> bool:
     """Load the weights of a run of which no step is left; else let the trainer go on from its checkpoint.
 
     Args:
@@ -129,6 +131,7 @@ def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, folder
         state: Of the checkpoint.
         checkpoint: The newest one's folder.
         folder: Of the run. The result is the best checkpoint's weights, if the trainer is to load these.
+        early: Whether the run ended with this checkpoint, before its last step.
 
     Returns:
         Whether every step is made, and only the results are missing. The trainer would make another step.
@@ -137,7 +140,7 @@ def load_if_finished(trainer: Any, state: TrainerState, checkpoint: Path, folder
         PacaError: Its weights can't be read here.
     """
     refuse_missing_weights(trainer, checkpoint)
-    if state.global_step < state.max_steps:
+    if state.global_step < state.max_steps and not early:
         # What was given as a share of all steps is a number of steps in the state; the trainer would warn.
         for name in ("logging_steps", "eval_steps", "save_steps"):
             if getattr(trainer.args, name) is not None:
