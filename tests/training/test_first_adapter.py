@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def finished_dpo(workspace: Path, folder: Path, *overrides: str) -> Path:  # noq
         ((), ("paca.r=8",), r"--set: paca\.r is 8, and 4 in the adapter"),
         ((), LORA, r"the section lora|method is paca\. Leave the section lora out"),
         ((), ("paca.rotate_every=3",), r"paca\.rotate_every is 3, and None in the adapter"),
+        ((), ("paca.rank=4",), r"--set: there is no key paca\.rank\. Did you mean paca\.r\?"),
+        ((), ("paca.target_modules=[k_proj]",), r"paca\.target_modules is \['k_proj'\], and \['model\.layers"),
+        (LORA, ("paca=null", "lora.target_modules=7"), r"--set: lora\.target_modules must be a list"),
+        (
+            LORA,
+            ("paca=null", "lora.learning_rate=7"),
+            r"no key lora\.learning_rate\. Did you mean train\.learning_rate",
+        ),
+        (LORA, ("paca=null", "lora.target_modules=[q_proj]"), r"\['q_proj'\], and \['\w_proj', '\w_proj'\] in the ad"),
         (
             ("paca=null", "peft.peft_type=P_TUNING", "peft.num_virtual_tokens=4"),
             ("paca=null",),
@@ -165,7 +175,10 @@ def finished_dpo(workspace: Path, folder: Path, *overrides: str) -> Path:  # noq
         ),
         ((), ("train.trainer=classification",), r"model\.adapter is for the task CAUSAL_LM"),
     ],
-    ids=["other-r", "other-method", "rotating", "p_tuning", "other-task"],
+    ids=[
+        *("other-r", "other-method", "rotating", "no-key", "other-layers", "no-layers", "other-section"),
+        *("fewer-layers", "p_tuning", "other-task"),
+    ],
 )
 def test_what_does_not_go_on_is_refused_by_name(
     first, then, message: str, config_file: Path, finished: Finished
@@ -173,6 +186,46 @@ def test_what_does_not_go_on_is_refused_by_name(
     begun = finished(*first).folder
     with pytest.raises(PacaError, match=message):
         load_run_config(config_file, [f"model.adapter={begun}", *then])
+
+
+def test_the_same_settings_in_other_words_go_on(config_file: Path, finished: Finished) -> None:
+    first = finished("paca=null", "peft.peft_type=IA3").folder
+    assert load_run_config(config_file, ["paca=null", "peft.peft_type=ia3", f"model.adapter={first}"]).method == "peft"
+    on = [f"model.adapter={finished().folder}", "paca.selection=gradient_norm", "paca.target_modules="]
+    for layers in ("all-linear", "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"):
+        assert load_run_config(config_file, [*on[:2], on[2] + layers]).adapter["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"r": "four"}, r"first/adapter_config\.json: lora\.r must be a whole number"),
+        ({"use_dora": None}, r"lora\.use_dora is True, and False in the adapter"),
+    ],
+    ids=["broken", "older"],
+)
+def test_an_adapters_own_config_is_looked_at(
+    changed: dict[str, Any], message: str, config_file: Path, finished: Finished, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(finished(*LORA).folder / "adapter", first)
+    settings = json.loads((first / "adapter_config.json").read_text()) | changed
+    saved = {name: value for name, value in settings.items() if value is not None}
+    (first / "adapter_config.json").write_text(json.dumps(saved))
+    with pytest.raises(PacaError, match=message):
+        load_run_config(config_file, ["paca=null", "lora.use_dora=true", f"model.adapter={first}"])
+
+
+def test_a_base_named_again_is_loaded_as_it_was(config_file: Path, finished: Finished, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(finished(*LORA).folder / "adapter", first)
+    settings = json.loads((first / "adapter_config.json").read_text())
+    (first / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "owner/model", "revision": "a1b2"})
+    )
+    on = ["paca=null", f"model.adapter={first}"]
+    assert load_run_config(config_file, [*on, "model.name=owner/model"]).model.revision == "a1b2"
+    assert load_run_config(config_file, [*on, "model.name=owner/other"]).model.revision is None
 
 
 def test_a_model_or_nothing_is_refused_as_an_adapter(config_file: Path) -> None:

@@ -14,8 +14,11 @@ from paca.training.config.run_config import METHODS
 
 _OWN = {"PACA": "paca", "LORA": "lora"}
 """Methods that have a section of their own."""
-_STARTS = ("selection", "indices", "random_seed", "init_weights", "original_weights")
-"""Fields of PaCA's that say how an adapter begins: this one has begun."""
+_STARTS = (
+    *("selection", "indices", "random_seed", "init_weights", "original_weights"),
+    *("corda_config", "eva_config", "lora_ga_config"),
+)
+"""Fields of PaCA's and LoRA's that say how an adapter begins: this one has begun."""
 _NOT_TRAINED_ON = {
     "ADALORA": "its file is cut to the ranks that it ended with",
     **dict.fromkeys(
@@ -39,8 +42,15 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from paca.pretrained.adapter_folder import adapter_settings, expanded
-    from paca.training.config.adapter_settings import FROM_DATA, NOT_HERE, adapter_config, adapter_fields, plain
+    from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings
+    from paca.training.config.adapter_settings import (
+        FROM_DATA,
+        NOT_HERE,
+        adapter_config,
+        adapter_fields,
+        check_adapter_settings,
+        plain,
+    )
 
     place, named = origins.of("model.adapter"), sections["model"]["adapter"]
     adapter = _found(named, place)
@@ -63,18 +73,24 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
         del had["init_lora_weights"]
     if kind == "ADAPTION_PROMPT":  # whose target is of PEFT's making
         had.pop("target_modules", None)
-    for name, given in sections.get(method, {}).items():
-        if name in had and not name.startswith("init_") and _differ(given, had[name]):
+    defaults = {name: plain(getattr(fresh, name, None)) for name in fields}
+    own = start | {name: value for name, value in had.items() if value != defaults[name] and value is not None}
+    if method == "paca":  # of quantized weights, null as well
+        own["original_weights"] = settings.get("original_weights")
+    check_adapter_settings(method, own, Origins(adapter / ADAPTER_CONFIG, {}))
+    section = sections.get(method, {})
+    asked = start | {name: value for name, value in section.items() if name in fields}
+    check_adapter_settings(method, asked, origins)
+    for name, given in asked.items():
+        was = had.get(name, defaults[name])
+        if name not in _STARTS and not name.startswith("init_") and _differ(given, was):
             raise PacaError(
-                f"{origins.of(f'{method}.{name}')}: {method}.{name} is {shown(given)}, and {shown(had[name])} in the "
+                f"{origins.of(f'{method}.{name}')}: {method}.{name} is {shown(given)}, and {shown(was)} in the "
                 f"adapter that the run trains on from ({named}). Leave it out, or begin anew without model.adapter."
             )
-    changed = {name: value for name, value in had.items() if value != plain(getattr(fresh, name, None))}
-    sections[method] = start | {name: value for name, value in changed.items() if value is not None}
-    if method == "paca":  # of quantized weights, null as well
-        sections[method]["original_weights"] = settings.get("original_weights")
+    sections[method] = {name: value for name, value in section.items() if name not in fields} | own  # refused there
     base, given = _base_of(adapter, place), sections["model"].get("name")
-    if given is not None and os.path.abspath(expanded(str(given))) != base.get("name"):  # a copy, or where it moved
+    if given is not None and _place(given) != _place(base.get("name")):  # a copy, or where it moved
         base = {key: value for key, value in base.items() if key in ("quantization", "tokenizer")}
     sections["model"] = base | sections["model"] | {"adapter": str(adapter)}
 
@@ -122,7 +138,26 @@ def _base_of(adapter: Path, place: str) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def _place(model: Any) -> str:
+    from paca.pretrained.adapter_folder import expanded
+
+    return os.path.abspath(expanded(str(model)))  # of a hub id as good as any other words for it
+
+
 def _differ(given: Any, had: Any) -> bool:
-    """Whether two settings are surely different ones: lists of layers may have other names for the same."""
+    """Whether two settings are surely different ones: null and nothing leave it to the adapter, and layers may have
+    other names, as `all-linear` is a list in the adapter."""
+    if isinstance(given, dict) and given:
+        return not isinstance(had, dict) or any(key not in had or _differ(one, had[key]) for key, one in given.items())
+    if isinstance(given, list) and given:
+        return had is None or (isinstance(had, list) and not (_within(given, had) and _within(had, given)))
     simple = (bool, int, float, str)
     return isinstance(given, simple) and (had is None or isinstance(had, simple)) and given != had
+
+
+def _within(some: list[Any], others: list[Any]) -> bool:
+    """Whether each is among the others, layers perhaps by a longer or a shorter name."""
+    return all(
+        any(one == other or f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}") for other in others)
+        for one in some
+    )
