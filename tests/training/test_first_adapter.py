@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from paca.comparison.settings import load_common
 from paca.evaluation.own_data import scorer
+from paca.evaluation.own_run import config_of_run, held_out_of
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
@@ -133,6 +134,17 @@ def test_scores_before_training_are_those_of_the_first_adapter(
     assert set(load_file(folder / "adapter" / "adapter_model.safetensors")) == set(adapter(first))
 
 
+def test_a_finished_run_is_measured_without_the_adapter_that_it_began_with(
+    config_file: Path, finished: Finished, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(finished().folder, first)
+    folder = train_on(config_file, first, tmp_path / "on").folder
+    shutil.rmtree(first)
+    held_out, _ = held_out_of(folder, config_of_run(folder))
+    assert len(held_out.dataset) == 8
+
+
 def test_preferences_are_held_against_the_adapter_as_it_was(workspace: Path, tmp_path: Path) -> None:  # noqa: F811
     first = finished_dpo(workspace, tmp_path / "first")
     on = finished_dpo(workspace, tmp_path / "on", f"model.adapter={first}")
@@ -232,7 +244,7 @@ def test_a_model_or_nothing_is_refused_as_an_adapter(config_file: Path) -> None:
     model = load_run_config(config_file).model.name
     with pytest.raises(PacaError, match=r"model\.adapter: .* is no adapter\. To train a whole model on"):
         load_run_config(config_file, [f"model.adapter={model}"])
-    with pytest.raises(PacaError, match=r"model\.adapter: No such folder"):
+    with pytest.raises(PacaError, match=r"model\.adapter: No such folder.* Give a run of `paca train` or an adapter's"):
         load_run_config(config_file, ["model.adapter=./nowhere"])
 
 

@@ -83,12 +83,16 @@ def config_of_run(
 
 
 def _config_in(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a run, with the model that it unpacked where the GGUF file that this is from is gone."""
+    """The config of a run, with the model that it unpacked where the GGUF file that this is from is gone, and without
+    the adapter that it trained on from: what that decided is in the config, and its tokenizer beside the run's own."""
     folder = RunFolder(Path(path))
-    config = load_run_config(folder.config, overrides)
-    if folder.base.is_dir() and not Path(config.model.name).expanduser().exists():
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder.base)))
-    return config
+    config = load_run_config(folder.config, ["model.adapter=null", *overrides])
+    model = config.model
+    if folder.base.is_dir() and not Path(model.name).expanduser().exists():
+        model = dataclasses.replace(model, name=str(folder.base))
+    if model.tokenizer is not None and os.path.isabs(model.tokenizer) and not os.path.exists(model.tokenizer):
+        model = dataclasses.replace(model, tokenizer=str(folder.adapter))
+    return dataclasses.replace(config, model=model)
 
 
 def load_run(path: str | Path, config: RunConfig, base_model: str | None = None) -> LoadedModel:

@@ -100,7 +100,7 @@ def _found(named: str, place: str) -> Path:
     from paca.pretrained.hub_adapter import adapter_of_hub
 
     try:
-        adapter = adapter_of_hub(named) or find_adapter(named, or_model=False, or_hub=True)
+        adapter = find_adapter(named, or_model=False, or_hub=True) or adapter_of_hub(named)
         if adapter is None:
             raise PacaError(f"{named} is no adapter. To train a whole model on, give it as model.name.")
         weight_file(adapter)
