@@ -212,9 +212,10 @@ def test_the_same_settings_in_other_words_go_on(config_file: Path, finished: Fin
     ("changed", "message"),
     [
         ({"r": "four"}, r"first/adapter_config\.json: lora\.r must be a whole number"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"pissa_niter_4, and PEFT did not save what that takes out"),
         ({"use_dora": None}, r"lora\.use_dora is True, and False in the adapter"),
     ],
-    ids=["broken", "older"],
+    ids=["broken", "not-saved", "older"],
 )
 def test_an_adapters_own_config_is_looked_at(
     changed: dict[str, Any], message: str, config_file: Path, finished: Finished, tmp_path: Path

@@ -35,6 +35,24 @@ def refused(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, _REFUSED[name]) for name, value in given if value and value != _HARMLESS.get(name)]
 
 
+def check_saved(settings: Mapping[str, Any], file: Path) -> None:
+    """Refuse an adapter whose start PEFT did not save.
+
+    Args:
+        settings: Of its config.
+        file: Where they are.
+
+    Raises:
+        PacaError: It is one.
+    """
+    if not_saved(settings):
+        raise PacaError(
+            f"{file} has init_lora_weights: {settings['init_lora_weights']}, and PEFT did not save what that takes out "
+            "of the weights beneath: what was trained does not come back. The adapter that a run of paca leaves is a "
+            "plain LoRA; let PEFT save it as one (path_initial_model_for_weight_conversion)."
+        )
+
+
 @contextmanager
 def without_asking() -> Iterator[None]:
     """A block in which transformers runs no code of a folder that PEFT gives it, and asks nobody whether it may."""
@@ -59,12 +77,7 @@ def check_method(adapter: Path, model: nn.Module) -> None:
         raise PacaError(f"{file} is for XLORA, which loads other adapters, from wherever it says. Load it with PEFT.")
     for setting, reason in refused(settings):
         raise PacaError(f"{file} sets {setting}, which paca does not load: {reason}. Load it with PEFT.")
-    if not_saved(settings):
-        raise PacaError(
-            f"{file} has init_lora_weights: {settings['init_lora_weights']}, and PEFT did not save what that takes out "
-            "of the weights beneath: what was trained does not come back. The adapter that a run of paca leaves is a "
-            "plain LoRA; let PEFT save it as one (path_initial_model_for_weight_conversion)."
-        )
+    check_saved(settings, file)
     tokens = settings.get("alora_invocation_tokens")  # PEFT looks at them when it generates, and not before
     if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
         raise PacaError(

@@ -43,6 +43,7 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from paca.pretrained.adapter_folder import ADAPTER_CONFIG, adapter_settings
+    from paca.pretrained.foreign_methods import check_saved
     from paca.training.config.adapter_settings import (
         FROM_DATA,
         NOT_HERE,
@@ -78,6 +79,7 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     if method == "paca":  # of quantized weights, null as well
         own["original_weights"] = settings.get("original_weights")
     check_adapter_settings(method, own, Origins(adapter / ADAPTER_CONFIG, {}))
+    check_saved(settings, adapter / ADAPTER_CONFIG)
     section = sections.get(method, {})
     asked = start | {name: value for name, value in section.items() if name in fields}
     check_adapter_settings(method, asked, origins)
