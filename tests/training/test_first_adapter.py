@@ -22,6 +22,8 @@ from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
+from paca.training.prompt_form import tokenizer_of
+from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from training.test_run import SignalAtStep
 from training.tiny_run import adapter, curve, rows, same_adapter
 from training.trainers.conftest import workspace  # noqa: F401 - a fixture
@@ -79,7 +81,7 @@ def test_the_section_of_the_method_and_the_model_need_not_be_given(finished: Fin
     assert found.method == "paca"
     assert (found.adapter["r"], found.adapter["paca_alpha"]) == (6, 3)
     assert found.model.name == given["model"]["name"]
-    assert found.model.tokenizer == found.model.adapter == str(first / "adapter")
+    assert found.model.adapter == str(first / "adapter")
     assert found.model.dtype == "float32"
     plan = dict(describe(found).lines())
     assert str(first / "adapter") in plan["trained on from"]
@@ -263,6 +265,42 @@ def test_quantized_weights_are_quantized_again_and_deltas_not_rounded(
     assert config.model.quantization == "nf4"
     folder = train(config, console=Console(quiet=True)).folder
     assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-6)
+
+
+def test_a_gguf_file_is_unpacked_for_each_run(
+    config_file: Path,
+    tmp_path: Path,
+    mergeable_base: Path,  # noqa: F811
+) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", mergeable_base)
+    named = [f"model.name={source}", "train.max_steps=2"]
+    first = train(
+        load_run_config(config_file, [*named, f"output.dir={tmp_path / 'first'}"]), console=Console(quiet=True)
+    ).folder
+    short = tmp_path / "short.yaml"
+    sections = yaml.safe_load(config_file.read_text()) | {"model": {"adapter": str(first)}}
+    short.write_text(yaml.safe_dump(sections))
+    config = load_run_config(short, [f"output.dir={tmp_path / 'on'}", "train.max_steps=2"])
+    assert config.model.name == str(source)
+    folder = train(config, console=Console(quiet=True)).folder
+    assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-5)
+    shutil.rmtree(first)
+    assert load_for_generation(folder).base == str(folder / "base")
+
+
+def test_the_form_of_the_first_run_is_that_of_the_second(config_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"question": f"a {n}", "answer": f"b {n}"}) + "\n" for n in range(12)))
+    named = [f"data.train={data}", "data.eval=4", "train.max_steps=2"]
+    config = load_run_config(config_file, [*named, "data.template=zephyr", f"output.dir={tmp_path / 'first'}"])
+    first = train(config, console=Console(quiet=True)).folder
+    folder = train_on(config_file, first, tmp_path / "on", *named).folder
+    assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-5)
+    template = "adapter/chat_template.jinja"
+    assert "<|assistant|>" in (first / template).read_text()
+    assert (folder / template).read_text() == (first / template).read_text()
+    shutil.rmtree(first)
+    assert "<|assistant|>" in str(tokenizer_of(config_of_run(folder)).chat_template)  # paca evaluate
 
 
 def test_labels_must_be_those_of_the_classifier(workspace: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -30,6 +30,7 @@ from paca.pretrained.purpose import classifier_in, listed
 from paca.pretrained.whole_output import write_whole
 from paca.training.config.config_file import config_without_run, load_run_config
 from paca.training.config.run_config import RunConfig
+from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import RunFolder
 from paca.training.folder.same_run import inputs_of
 from paca.training.trainers import trainer_kind
@@ -90,7 +91,7 @@ def _config_in(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     model = config.model
     if folder.base.is_dir() and not Path(model.name).expanduser().exists():
         model = dataclasses.replace(model, name=str(folder.base))
-    if model.tokenizer is not None and os.path.isabs(model.tokenizer) and not os.path.exists(model.tokenizer):
+    if model.tokenizer is None and read_yaml(folder.config)[0]["model"].get("adapter") is not None:
         model = dataclasses.replace(model, tokenizer=str(folder.adapter))
     return dataclasses.replace(config, model=model)
 

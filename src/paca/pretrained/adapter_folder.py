@@ -189,6 +189,12 @@ def find_dtype(adapter: Path | None) -> str:
     return said if said in DTYPES else "auto"
 
 
+def find_gguf(adapter: Path) -> str | None:
+    """The GGUF file that an adapter's run unpacked its `base/` from, if its run says so and the file is still there."""
+    said = _said_by_the_run(adapter, "model", "name")
+    return said if said is not None and said.lower().endswith(".gguf") and os.path.isfile(said) else None
+
+
 def base_of_whole(folder: str | Path) -> str | None:
     """Name or path of the model that a run of the method `full` trained, for the run's `model/`; else None."""
     try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from paca.data import Examples, end_of_turn, set_chat_template
 from paca.data.chat_template import DEFAULT, NAMES
 from paca.messages.errors import PacaError, about
 from paca.pretrained import load_tokenizer
+from paca.pretrained.adapter_tokenizer import saved_tokenizer
 from paca.pretrained.ends_of_texts import ends_texts
-from paca.training.config.run_config import RunConfig
+from paca.training.config.run_config import ModelSection, RunConfig
 
 
 def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -22,11 +25,26 @@ def tokenizer_of(config: RunConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer is not None:
         with about("model.tokenizer"):
             tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    elif (saved := tokenizer_of_adapter(model)) is not None:
+        tokenizer = saved
     else:
         with about("model.name"):
             tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code)
     give_form(tokenizer, config)
     return tokenizer
+
+
+def tokenizer_of_adapter(model: ModelSection) -> PreTrainedTokenizerBase | None:
+    """The one saved with the adapter that is trained on, with the form in which that learned; None where there is none,
+    and where `model.tokenizer` names another.
+
+    Raises:
+        PacaError: It is broken.
+    """
+    if model.adapter is None or model.tokenizer is not None:
+        return None
+    with about("model.adapter"):
+        return saved_tokenizer(Path(model.adapter))
 
 
 def give_form(tokenizer: PreTrainedTokenizerBase, config: RunConfig, train: Examples | None = None) -> None:

@@ -32,6 +32,7 @@ from paca.training.folder.run_folder import RunFolder
 from paca.training.lora_start import LoraStart
 from paca.training.memory import forget_peak_resident_set
 from paca.training.named_model import set_attention
+from paca.training.prompt_form import tokenizer_of_adapter
 from paca.training.sharding import spare_buffers
 from paca.training.trainers import trainer_kind
 
@@ -63,6 +64,7 @@ def load_model(config: RunConfig, folder: RunFolder, console: Console, labels: l
 def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[str] | None) -> Pretrained:
     model = config.model
     made: dict[str, Any] = {"auto_class": trainer_kind(config.train).auto_class, "labels": labels}
+    tokenizer = tokenizer_of_adapter(model) or model.tokenizer
     set_seed(config.train["seed"])
     if not model.name.lower().endswith(".gguf"):
         return load_pretrained(
@@ -71,7 +73,7 @@ def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[s
             model.revision,
             model.trust_remote_code,
             model.quantization,
-            model.tokenizer,
+            tokenizer,
             **made,
         )
     # An adapter has to name a base that stock tooling can load, so the unpacked model is kept beside it.
@@ -82,6 +84,7 @@ def _read(config: RunConfig, folder: RunFolder, console: Console, labels: list[s
     PartialState().wait_for_everyone()
     if model.quantization is not None and config.adapter.get("original_weights") == model.name:
         config.adapter["original_weights"] = str(folder.base)
+    made["tokenizer"] = tokenizer_of_adapter(model)  # `base/` has the one of the model
     return load_pretrained(str(folder.base), model.dtype, quantization=model.quantization, **made)
 
 
@@ -139,7 +142,7 @@ def with_first_adapter(model: Any, config: RunConfig) -> PeftModel:
     """
     named, cast = config.model, config.train["autocast_adapter_dtype"]
     assert named.adapter is not None
-    adapted = put_adapter_on(model, Path(named.adapter), named.name, cast=cast, trainable=True)
+    adapted = put_adapter_on(model, Path(named.adapter), model.name_or_path, cast=cast, trainable=True)
     ours = adapted.active_peft_config
     ours.base_model_name_or_path, ours.revision = model.name_or_path, named.revision
     return adapted
@@ -158,7 +161,8 @@ def as_it_began(adapted: PeftModel, config: RunConfig) -> Iterator[None]:
         with adapted.disable_adapter():  # bit for bit the model as it came
             yield
         return
-    put_adapter_on(adapted, Path(named.adapter), named.name, _FIRST, cast=config.train["autocast_adapter_dtype"])
+    base, cast = str(adapted.get_base_model().name_or_path), config.train["autocast_adapter_dtype"]
+    put_adapter_on(adapted, Path(named.adapter), base, _FIRST, cast=cast)
     try:
         yield
     finally:

@@ -33,8 +33,8 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     """Fill in what an adapter that training goes on from decides, where the config leaves it out.
 
     Args:
-        sections: As given, `model.adapter` among them. Changed: `model` gets the adapter's folder, its base, how that
-            was loaded, and its tokenizer; the method's section what the adapter's config says.
+        sections: As given, `model.adapter` among them. Changed: `model` gets the adapter's folder, its base and how
+            that was loaded; the method's section what the adapter's config says.
         origins: Where.
 
     Raises:
@@ -93,7 +93,7 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     sections[method] = {name: value for name, value in section.items() if name not in fields} | own  # refused there
     base, given = _base_of(adapter, place), sections["model"].get("name")
     if given is not None and _place(given) != _place(base.get("name")):  # a copy, or where it moved
-        base = {key: value for key, value in base.items() if key in ("quantization", "tokenizer")}
+        base = {key: value for key, value in base.items() if key == "quantization"}
     sections["model"] = base | sections["model"] | {"adapter": str(adapter)}
 
 
@@ -124,19 +124,30 @@ def _method_of(settings: Mapping[str, Any], place: str, named: str) -> tuple[str
 
 
 def _base_of(adapter: Path, place: str) -> dict[str, Any]:
-    """Keys of the section `model`: what lies beneath an adapter, as its run loaded it, and the tokenizer beside it."""
-    from paca.pretrained.adapter_folder import find_base, find_dtype, find_quantization, find_revision, text_setting
+    """Keys of the section `model`: what lies beneath an adapter, as its run loaded it."""
+    from paca.pretrained.adapter_folder import (
+        find_base,
+        find_dtype,
+        find_gguf,
+        find_quantization,
+        find_revision,
+        text_setting,
+    )
     from paca.pretrained.quantizing import QUANTIZATIONS
 
     if text_setting(adapter, "base_model_name_or_path") is None:
         return {}
     try:
         base, quantization = find_base(adapter), find_quantization(adapter)
-        found = {"name": base, "dtype": find_dtype(adapter), "revision": find_revision(adapter, base)}
+        # Of a GGUF file the run is to have a copy of its own, as the one in the adapter's run may go.
+        found = {
+            "name": find_gguf(adapter) or base,
+            "dtype": find_dtype(adapter),
+            "revision": find_revision(adapter, base),
+        }
     except PacaError as error:
         raise PacaError(f"{place}: model.adapter: {error}") from error
     found["quantization"] = quantization if quantization in QUANTIZATIONS else None
-    found["tokenizer"] = str(adapter) if (adapter / "tokenizer_config.json").is_file() else None
     return {key: value for key, value in found.items() if value is not None}
 
 

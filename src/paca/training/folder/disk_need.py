@@ -70,7 +70,7 @@ def disk_need(config: RunConfig, model: nn.Module, steps: int | None, base: int)
     weights = sum(parameter.nbytes for parameter in trained)
     if config.model.quantization is not None and config.method != "paca":
         weights = 2 * sum(parameter.numel() for parameter in trained)  # TRL casts to bfloat16
-    files = tokenizer_files(Path(config.model.tokenizer or config.model.name).expanduser())
+    files = tokenizer_files(Path(config.model.tokenizer or config.model.adapter or config.model.name).expanduser())
     tokenizer = sum(file.stat().st_size for file in files)
     more, more_in_checkpoint = bytes_besides(model, config.adapter)
     optimizer = optimizer_of(train)
