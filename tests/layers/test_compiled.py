@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import paca
 from models import adapt, adapted_perceptron, llama, perceptron, tokens
 from paca.layers import paca_layers
+from quantized_layers import stack
 
 BACKENDS = ["eager", "aot_eager"]
 
@@ -286,6 +288,30 @@ def test_a_copy_of_a_compiled_models_layers_finds_its_own_weight():
     x = torch.randn(4, 7)
     run = torch.compile(twin, backend="aot_eager")
     torch.testing.assert_close(run(x), twin(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("mode", ["resident", "patched"])
+def test_a_copy_of_a_model_whose_linear_layers_are_compiled_in_place_computes_by_itself(mode, copied):
+    """It ran the compiled calls of the first model, on that one's weights; pickling raised."""
+    if mode == "resident":
+        model, x = adapted_perceptron(), torch.randn(4, 7)
+    else:
+        model = adapt(stack("nf4", torch.float32), target_modules=["lin1", "lin2"])
+        x = torch.randn(4, 64)
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.Linear):
+            module.compile(backend="aot_eager")
+    want = model(x)
+    twin = copied(model)
+    with torch.no_grad():
+        for delta in (p for p in twin.parameters() if p.requires_grad):
+            delta.add_(1)
+    found = twin(x)
+    assert not torch.allclose(found, want)
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in twin.parameters() if p.requires_grad)
+    torch.testing.assert_close(model(x), want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

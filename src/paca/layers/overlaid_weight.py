@@ -81,7 +81,7 @@ class OverlaidWeight(nn.Module):
         # Pickling finds classes by name, and a class that was made here has none that can be imported.
         kind = next(c for c in (PatchedWeight, AdditiveWeight) if isinstance(self, c))
         state = self.__dict__.copy()
-        for made_anew in ("owner", "columns", "quantization", "_columns_kept"):
+        for made_anew in ("owner", "columns", "quantization", "_columns_kept", "_compiled_call_impl"):
             state.pop(made_anew, None)
         return _rebuild, (kind, self.stock_class), state
 

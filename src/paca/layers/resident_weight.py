@@ -184,7 +184,7 @@ class ResidentWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.columns.park(self.columns.home_to_write(self.weight), for_now=True)
-        return {key: value for key, value in self.__dict__.items() if key != "owner"}
+        return {key: value for key, value in super().__getstate__().items() if key != "owner"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
