@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paca
@@ -557,3 +558,29 @@ def test_a_backward_pass_does_not_survive_the_deletion_of_its_adapter(copied):
     model.delete_adapter("default")
     with pytest.raises(RuntimeError, match="adapter 'default'"):
         loss.backward()
+
+
+@pytest.mark.parametrize("between", ["disable", "switch", "state_dict", "parked", "stepped"])
+def test_a_pass_of_fake_tensors_leaves_the_weights_what_they_are(between):
+    """Columns were written with no effect there. After `disable_adapter` they counted twice from then on."""
+    model = adapted_perceptron()
+    with torch.no_grad():
+        model(X)
+        if between == "parked":
+            model.state_dict()
+        for delta in deltas_of(model) if between == "stepped" else ():
+            delta.add_(1)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            if between == "disable":
+                with model.disable_adapter():
+                    model(mode.from_tensor(X))
+            elif between == "switch":
+                model.set_adapter("default")
+            elif between == "state_dict":
+                model.state_dict()
+            assert model(mode.from_tensor(X)).shape == (6, 5)
+        model(X)
+        for weight, wanted in zip(weights_of(model), wanted_weights(model), strict=True):
+            torch.testing.assert_close(weight.detach(), wanted)
+        stock, unloaded = perceptron(), model.unload()
+        assert torch.equal(unloaded.lin1.weight, stock.lin1.weight)

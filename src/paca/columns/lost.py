@@ -116,9 +116,10 @@ def lies_in_checkpointing() -> bool:
 @contextmanager
 def beside_checkpointing() -> Iterator[None]:
     """A block whose operators selective checkpointing neither keeps nor looks for: the repeated pass may write columns,
-    where the first one had nothing to write."""
+    where the first one had nothing to write. Nor does `FakeTensorMode` take them, which writes nothing."""
     kinds = {type(mode).__module__ for mode in _get_current_dispatch_mode_stack()}
-    with _disable_current_modes() if "torch.utils.checkpoint" in kinds else nullcontext():
+    unseen = not kinds.isdisjoint({"torch.utils.checkpoint", "torch._subclasses.fake_tensor"})
+    with _disable_current_modes() if unseen else nullcontext():
         yield
 
 
