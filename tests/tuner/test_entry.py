@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import paca
@@ -584,3 +585,24 @@ def test_a_pass_of_fake_tensors_leaves_the_weights_what_they_are(between):
             torch.testing.assert_close(weight.detach(), wanted)
         stock, unloaded = perceptron(), model.unload()
         assert torch.equal(unloaded.lin1.weight, stock.lin1.weight)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+@pytest.mark.parametrize("before", ["state_dict", "a delta written", "nothing"])
+def test_a_trace_of_make_fx_holds_no_write_of_columns(before, tracing_mode):
+    """It raised, or recorded the write, which each run of the traced graph then repeated."""
+    model = adapted_perceptron()
+    with torch.no_grad():
+        if before != "nothing":
+            model(X)
+        if before == "state_dict":
+            model.state_dict()
+        for delta in deltas_of(model) if before == "a delta written" else ():
+            delta.add_(1)
+        traced = make_fx(model, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(X)
+        torch.testing.assert_close(traced(X), model(X))
+        for delta in deltas_of(model):
+            delta.add_(1)
+        want = model(X)
+        traced(X)
+        torch.testing.assert_close(model(X), want)

@@ -116,9 +116,9 @@ def lies_in_checkpointing() -> bool:
 @contextmanager
 def beside_checkpointing() -> Iterator[None]:
     """A block whose operators selective checkpointing neither keeps nor looks for: the repeated pass may write columns,
-    where the first one had nothing to write. Nor does `FakeTensorMode` take them, which writes nothing."""
+    where the first one had nothing to write. Nor does `make_fx` record them; within `FakeTensorMode` they are real."""
     kinds = {type(mode).__module__ for mode in _get_current_dispatch_mode_stack()}
-    unseen = not kinds.isdisjoint({"torch.utils.checkpoint", "torch._subclasses.fake_tensor"})
+    unseen = kinds & {"torch.utils.checkpoint", "torch._subclasses.fake_tensor", "torch.fx.experimental.proxy_tensor"}
     with _disable_current_modes() if unseen else nullcontext():
         yield
 
