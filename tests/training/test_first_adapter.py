@@ -265,6 +265,9 @@ def test_quantized_weights_are_quantized_again_and_deltas_not_rounded(
     assert config.model.quantization == "nf4"
     folder = train(config, console=Console(quiet=True)).folder
     assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-6)
+    lora = finished("model.quantization=nf4", *LORA).folder / "checkpoints"  # whose own config does not say it
+    for checkpoint in lora.iterdir():
+        assert load_run_config(config_file, [f"model.adapter={checkpoint}", *LORA]).model.quantization == "nf4"
 
 
 def test_a_gguf_file_is_unpacked_for_each_run(

@@ -213,12 +213,28 @@ def form_of_training(trained: Path) -> Literal["texts", "template"] | None:
 
 
 def _said_by_the_run(trained: Path, part: str, name: str) -> str | None:
+    """A text in the summary of the run of which `trained` is the result, or in the config of one whose checkpoint it
+    is."""
+    if trained.parent.name == "checkpoints":
+        content = _config_of(trained.parent.parent).get(part)
+        said = content.get(name) if isinstance(content, dict) else None
+        return said if isinstance(said, str) else None
     summary = trained.parent / "summary.json"
     if trained.name not in ("adapter", "model") or not summary.is_file():
         return None
     content = json_object(summary).get(part)
     said = content.get(name) if isinstance(content, dict) else None
     return said if isinstance(said, str) else None
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    import yaml  # here, for `paca --version` works where little is installed
+
+    try:
+        content = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def weight_file(adapter: Path) -> Path:
