@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from paca.cli.train import show_result
 from paca.comparison.own_keys import notes_on_own, without_own
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config
@@ -32,6 +35,10 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(
     assert steps_of(tmp_path / "early") == [0, 2, 4, 6]
     best = next(row["eval_loss"] for row in rows(tmp_path / "early") if row["step"] == 2 and "eval_loss" in row)
     assert result.summary["eval_loss_after"] == best
+    assert result.summary["kept_step"] == 2
+    shown = io.StringIO()
+    show_result(result, Console(file=shown, width=200))
+    assert "(the weights of step 2, the best, are kept)" in shown.getvalue()
     run("best", "train.max_steps=10", "train.load_best_model_at_end=true", *WORSE)
     assert same_adapter(tmp_path / "early", tmp_path / "best")
 

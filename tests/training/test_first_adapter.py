@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from paca.comparison.settings import load_common
 from paca.evaluation.own_data import scorer
 from paca.evaluation.own_run import config_of_run, held_out_of
+from paca.evaluation.sides import told_of_base
 from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
@@ -172,7 +173,7 @@ def finished_dpo(workspace: Path, folder: Path, *overrides: str) -> Path:  # noq
     [
         ((), ("paca.r=8",), r"--set: paca\.r is 8, and 4 in the adapter"),
         ((), LORA, r"the section lora|method is paca\. Leave the section lora out"),
-        ((), ("paca.rotate_every=3",), r"paca\.rotate_every is 3, and None in the adapter"),
+        ((), ("paca.rotate_every=3",), r"paca\.rotate_every is 3, and null in the adapter"),
         ((), ("paca.rank=4",), r"--set: there is no key paca\.rank\. Did you mean paca\.r\?"),
         ((), ("paca.target_modules=[k_proj]",), r"paca\.target_modules is \['k_proj'\], and \['model\.layers"),
         (LORA, ("paca=null", "lora.target_modules=7"), r"--set: lora\.target_modules must be a list"),
@@ -215,7 +216,7 @@ def test_the_same_settings_in_other_words_go_on(config_file: Path, finished: Fin
     [
         ({"r": "four"}, r"first/adapter_config\.json: lora\.r must be a whole number"),
         ({"init_lora_weights": "pissa_niter_4"}, r"pissa_niter_4, and PEFT did not save what that takes out"),
-        ({"use_dora": None}, r"lora\.use_dora is True, and False in the adapter"),
+        ({"use_dora": None}, r"lora\.use_dora is true, and false in the adapter"),
     ],
     ids=["broken", "not-saved", "older"],
 )
@@ -302,6 +303,8 @@ def test_the_form_of_the_first_run_is_that_of_the_second(config_file: Path, tmp_
     template = "adapter/chat_template.jinja"
     assert "<|assistant|>" in (first / template).read_text()
     assert (folder / template).read_text() == (first / template).read_text()
+    assert told_of_base(first) is None
+    assert str(first / "adapter") in str(told_of_base(folder))
     shutil.rmtree(first)
     assert "<|assistant|>" in str(tokenizer_of(config_of_run(folder)).chat_template)  # paca evaluate
 

@@ -235,6 +235,7 @@ def _measure_own_data(
     console: Console,
 ) -> None:
     from paca.evaluation import own_run
+    from paca.evaluation.sides import told_of_base
 
     config = own_run.config_of_run(path, data, columns, overrides)
     if data is None:
@@ -252,6 +253,8 @@ def _measure_own_data(
             say(console, other, "yellow")
     if note is not None:
         say(console, note, "yellow")
+    if (began := told_of_base(path)) is not None:
+        say(console, began)
     loaded = own_run.load_run(path, config, base_model)
     what = "held-out data" if data is None else Path(data).name
     of_run = "the run's " if data is None else ""

@@ -181,7 +181,9 @@ def show_result(result: RunResult, console: Console) -> None:
         took += f", and {format_duration(summary['scores_seconds'])} more for {asked['metric']}"
     lines = []
     if after is not None:
-        lines.append(("held-out loss", f"{after:.4f}" if before is None else f"{before:.4f} → {after:.4f}"))
+        best = summary.get("kept_step", summary["steps"])  # older runs have it not
+        told = "" if best == summary["steps"] else f" (the weights of step {best:,}, the best, are kept)"
+        lines.append(("held-out loss", f"{after:.4f}{told}" if before is None else f"{before:.4f} → {after:.4f}{told}"))
     lines += score_lines(summary["scores"])
     lines += [
         (f"{summary['counts']} per second", f"{summary['tokens_per_second']:,.0f}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -18,6 +19,15 @@ def sides_of(loaded: LoadedModel) -> tuple[str, ...]:
     if loaded.adapter is None:
         return (MODEL,)
     return (BASE, ADAPTER) if left_on(loaded.model) is None else (ADAPTER,)
+
+
+def told_of_base(run: str | Path) -> str | None:
+    """What to say of a run that trained on from an adapter, where base and result are side by side; else None."""
+    from paca.training.config.strict_yaml import read_yaml
+
+    file = Path(run, "config.yaml")
+    first = read_yaml(file)[0]["model"].get("adapter") if file.is_file() else None
+    return None if first is None else f"base: the model without any adapter. The run began with {first}."
 
 
 class Watcher(Protocol):

@@ -235,7 +235,7 @@ class _Run:
             save_classifier_config(unfinished, self.trainer.accelerator.unwrap_model(self.trainer.model))
         save_as_plain_lora(unfinished, self.trainer.model, self.config, self.folder.start)
         (unfinished / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same
-        result = summary_of(self.plan, state, self.recorder, self.trainer.args.device, loss_after)
+        result = summary_of(self.plan, state, self.recorder, self.trainer.args, loss_after)
         assert self.trainer.model is not None
         write_card(unfinished, result, self.trainer.model)
         put_in_place(unfinished, trained)  # now: answering questions takes long, and may fail

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
-from paca.messages.shown import shown
+from paca.messages.shown import setting, shown
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import METHODS
 
@@ -59,9 +59,10 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     method, kind = _method_of(settings, place, named)
     for other in METHODS:
         if other != method and other in sections:
+            called = method if method != "peft" else f"peft ({kind})"
             raise PacaError(
                 f"{origins.of_section(other)}: the run trains on from {named} (model.adapter), whose method is "
-                f"{method}{'' if method != 'peft' else f' ({kind})'}. Leave the section {other} out."
+                f"{called}. Leave the section {other} out (--set {other}=null)."
             )
     start = {"peft_type": kind} if method == "peft" else {}
     if method == "peft" and (kind in NOT_HERE or kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
@@ -87,7 +88,7 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
         was = had.get(name, defaults[name])
         if name not in _STARTS and not name.startswith("init_") and _differ(given, was):
             raise PacaError(
-                f"{origins.of(f'{method}.{name}')}: {method}.{name} is {shown(given)}, and {shown(was)} in the "
+                f"{origins.of(f'{method}.{name}')}: {method}.{name} is {_told(given)}, and {_told(was)} in the "
                 f"adapter that the run trains on from ({named}). Leave it out, or begin anew without model.adapter."
             )
     sections[method] = {name: value for name, value in section.items() if name not in fields} | own  # refused there
@@ -98,12 +99,14 @@ def take_adapter(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
 
 
 def _found(named: str, place: str) -> Path:
-    from paca.pretrained.adapter_folder import find_adapter, weight_file
+    from paca.pretrained.adapter_folder import expanded, find_adapter, weight_file
     from paca.pretrained.hub_adapter import adapter_of_hub
 
     try:
         adapter = find_adapter(named, or_model=False, or_hub=True) or adapter_of_hub(named)
         if adapter is None:
+            if not os.path.exists(expanded(named)):
+                raise PacaError(f"{named} is no folder here, and no adapter on the hub, as far as that can be asked.")
             raise PacaError(f"{named} is no adapter. To train a whole model on, give it as model.name.")
         weight_file(adapter)
     except PacaError as error:
@@ -149,6 +152,11 @@ def _base_of(adapter: Path, place: str) -> dict[str, Any]:
         raise PacaError(f"{place}: model.adapter: {error}") from error
     found["quantization"] = quantization if quantization in QUANTIZATIONS else None
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _told(value: Any) -> str:
+    """A setting in a message, in YAML's words where Python has others."""
+    return setting(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def _place(model: Any) -> str:

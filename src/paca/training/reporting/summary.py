@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
+from paca.training.folder.checkpoints import kept_step
 from paca.training.folder.provenance import command_line, git_state, hardware, now, versions
 from paca.training.memory import describe_peak_memory, peak_memory
 from paca.training.plan import Plan
@@ -16,7 +17,7 @@ from paca.training.trainers import trainer_kind
 
 
 def summary_of(
-    plan: Plan, state: TrainerState, recorder: RecordMetrics, device: torch.device, loss_after: float | None
+    plan: Plan, state: TrainerState, recorder: RecordMetrics, arguments: TrainingArguments, loss_after: float | None
 ) -> dict[str, Any]:
     """The summary of a run whose training is over. Its `scores` are None: to measure them takes memory of its own.
 
@@ -24,9 +25,10 @@ def summary_of(
         plan: What was trained.
         state: Of the trainer.
         recorder: What measured it.
-        device: Where it was trained.
+        arguments: Of the trainer.
         loss_after: The held-out loss, where it was measured.
     """
+    device: torch.device = arguments.device
     config, tokens, train_seconds = plan.config, state.num_input_tokens_seen, recorder.train_seconds
     kind, log, data = trainer_kind(config.train), recorder.log, plan.data
     return {
@@ -69,6 +71,7 @@ def summary_of(
         "scores": None,
         "metrics": {name: log.last(name) for name in log.metrics()},
         "steps": state.global_step,
+        "kept_step": kept_step(state, arguments),
         "epochs": state.epoch,
         "tokens": tokens,
         "counts": kind.counts,
