@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
     **{name: {"num_virtual_tokens": 4} for name in ("CARTRIDGE", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")},
 }
-NOT_ASKED = {*adapter_settings._NOT_HERE, "LORA", "PACA"}
+NOT_ASKED = {*adapter_settings.NOT_HERE, "LORA", "PACA"}
 METHODS = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - NOT_ASKED)
 SETTING = Setting(32, 2)
 SHAPE = config("llama", num_hidden_layers=1)

@@ -116,9 +116,9 @@ def test_such_a_signal_stops_a_run_of_which_no_step_is_left(
     (tmp_path / "run" / "summary.json").unlink()
     load = run.load_if_finished
 
-    def interrupted(*parts: Any) -> bool:
+    def interrupted(*parts: Any, **options: Any) -> bool:
         Discarding()
-        return load(*parts)
+        return load(*parts, **options)
 
     monkeypatch.setattr(run, "load_if_finished", interrupted)
     with pytest.raises(KeyboardInterrupt):
