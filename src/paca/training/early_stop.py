@@ -11,7 +11,11 @@ from paca.messages.say import say
 
 
 class StopEarly(TrainerCallback):
-    """Ends a run after `patience` evaluations without a better one. What it goes by is in every checkpoint."""
+    """Ends a run after `patience` evaluations without a better one.
+
+    What it goes by is the log in every checkpoint. transformers' `EarlyStoppingCallback` counts in itself: a resumed
+    run begins at zero, or with `restore_callback_states_from_checkpoint` makes a step more if it had ended already.
+    """
 
     def __init__(self, patience: int, console: Console) -> None:
         """Args:

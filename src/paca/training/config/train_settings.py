@@ -175,9 +175,7 @@ def with_defaults(
         defaults["eval_steps"] = 0.2
     if settings.get("early_stopping_patience") is not None:
         defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
-    if settings.get(
-        "load_best_model_at_end", defaults.get("load_best_model_at_end")
-    ):  # which needs a checkpoint at each evaluation
+    if {**defaults, **settings}.get("load_best_model_at_end"):  # which needs a checkpoint at each evaluation
         defaults["save_strategy"] = settings.get("eval_strategy", defaults["eval_strategy"])
         defaults["save_steps"] = settings.get("eval_steps", 0.2)
     if settings.get("save_strategy") == "best":  # by what, transformers wants to be told
