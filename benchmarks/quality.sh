@@ -10,7 +10,7 @@
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-linear              with a rate that falls linearly
 #   EQUAL=memory bash benchmarks/quality.sh encyclopedia-long gsm8k-long arc-long    the same, longer, and 256 columns
 #   EQUAL=memory bash benchmarks/quality.sh gsm8k-wide arc-wide              with more columns in half batches
-#   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc arc-long encyclopedia-long
+#   EQUAL=parameters JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh arc arc-long encyclopedia-long gsm8k-long
 #
 # JOBS processes share the work; with more than one, leave `time` out of EQUAL, as they slow each other down. A part
 # that was stopped goes on where it was. What it leaves for the repository lies in benchmarks/quality/TASK-EQUAL/: the
@@ -82,6 +82,10 @@ for task in "$@"; do
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 methods=paca-256=$folder/columns256.yaml,paca # steps of two-kinds.yaml were timed beside these
                 methods+=,lora-tuned=$folder/lora33-tuned.yaml,lora=$folder/lora33.yaml
+                ;;
+            gsm8k-long-parameters) # along TRL's own schedule
+                config=gsm8k rates=1.25e-3,2e-3,3.2e-3
+                changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 ;;
             encyclopedia-long-parameters)
                 config=encyclopedia rates=7.8e-4,1.25e-3,2e-3
