@@ -13,6 +13,7 @@ from paca.cli.train import show_result
 from paca.comparison.own_keys import notes_on_own, without_own
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config
+from paca.training.plan import show_plan
 from training.test_run import Runner, run  # noqa: F401 - the second is a fixture
 from training.tiny_run import rows, same_adapter
 
@@ -36,6 +37,9 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(
     best = next(row["eval_loss"] for row in rows(tmp_path / "early") if row["step"] == 2 and "eval_loss" in row)
     assert result.summary["eval_loss_after"] == best
     assert result.summary["kept_step"] == 2
+    for name, value in result.summary["metrics"].items():
+        until = [row[name] for row in rows(tmp_path / "early") if row["step"] <= 2 and row.get(name) is not None]
+        assert value == until[-1], name
     shown = io.StringIO()
     show_result(result, Console(file=shown, width=200))
     assert "(the weights of step 2, the best, are kept)" in shown.getvalue()
@@ -90,6 +94,29 @@ def test_the_plan_says_that_the_steps_are_the_most(config_file: Path) -> None:
     plan = dict(describe(load_run_config(config_file, PATIENT)).lines())
     assert plan["steps"] == "10 at most (early_stopping_patience 2)"
     assert "load_best_model_at_end true" in plan["defaults of paca"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("train.early_stopping_patience=3",), None),  # evaluated after 2, 4, 6, 8 and 10 steps
+        (
+            ("train.early_stopping_patience=4",),
+            "train.early_stopping_patience is 4, which ends no run that is evaluated 5 times (train.eval_steps 0.2 of "
+            "10 steps). Evaluate more often, or wait for less.",
+        ),
+        (("train.eval_steps=0.5",), r"evaluated 2 times (train.eval_steps 0.5 of 10 steps)"),
+        (("train.eval_strategy=epoch", "train.early_stopping_patience=9"), None),
+        (("train.early_stopping_patience=null",), None),
+    ],
+)
+def test_a_patience_that_ends_no_run_is_told_of(settings: tuple[str, ...], told: str | None, config_file: Path) -> None:
+    shown = io.StringIO()
+    show_plan(describe(load_run_config(config_file, [*PATIENT, *settings])), Console(file=shown, width=300))
+    if told is None:
+        assert "which ends no run" not in shown.getvalue()
+    else:
+        assert told in shown.getvalue()
 
 
 def test_a_comparison_makes_all_steps() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -51,3 +53,22 @@ def since_best(state: TrainerState, arguments: TrainingArguments) -> int:
         return 0
     best = max(found) if arguments.greater_is_better else min(found)
     return len(found) - 1 - found.index(best)
+
+
+def patience_warning(train: Mapping[str, Any], steps: int | None) -> str | None:
+    """What is said of a patience that a run is too short for; None where it may end the run, or that is not known.
+
+    Args:
+        train: The section of a run's config, with defaults.
+        steps: Of the run.
+    """
+    patience, each = train.get("early_stopping_patience"), train.get("eval_steps")
+    if patience is None or steps is None or train.get("eval_strategy") != "steps" or not each:
+        return None
+    count = steps // (math.ceil(steps * each) if each < 1 else int(each))
+    if patience + 1 < count:  # the first evaluation may be the best one
+        return None
+    return (
+        f"train.early_stopping_patience is {patience}, which ends no run that is evaluated {count} times "
+        f"(train.eval_steps {each:g} of {steps:,} steps). Evaluate more often, or wait for less."
+    )

@@ -14,6 +14,7 @@ from paca.messages.say import say
 from paca.pretrained.location import lacks_weights
 from paca.training.calibration import describe_columns, describe_start
 from paca.training.config.run_config import RunConfig
+from paca.training.early_stop import patience_warning
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.products import tell_of_products
 from paca.training.reporting.data_preview import context_warning, cut_warning
@@ -209,6 +210,7 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
         context_warning(sample, settings["max_length"], context) if "max_length" in settings else None,
         plan.told_of_trained(),
         plan.rate_warning(),
+        patience_warning(settings, plan.steps),
     ):
         if warning is not None:
             say(console, f"Warning: {warning}", style="yellow")
