@@ -90,7 +90,7 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
             "num_trainable_params": summary.get("trainable_parameters"),
             "num_total_params": summary.get("model", {}).get("parameters"),
             "status": "success" if failure is None else "failed",
-            "metrics": _metrics(folder, metric, score),
+            "metrics": _metrics(folder, metric, score, summary.get("kept_step")),
         },
         "meta_info": {
             "package_info": {f"{name}-version": number for name, number in summary.get("versions", {}).items()},
@@ -154,8 +154,8 @@ def _file_size(folder: RunFolder) -> int | None:
     return sum(file.stat().st_size for file in saved) or None
 
 
-def _metrics(folder: RunFolder, metric: str, score: float | None) -> list[dict[str, Any]]:
-    """One entry an evaluation, with the training loss before it; the last one has the score."""
+def _metrics(folder: RunFolder, metric: str, score: float | None, kept: int | None) -> list[dict[str, Any]]:
+    """One entry an evaluation, with the training loss before it; the last one has the score, of the weights kept."""
     entries: list[dict[str, Any]] = []
     last: dict[str, Any] = {}
     for row in read_rows(folder.metrics) if folder.metrics.is_file() else []:
@@ -166,5 +166,5 @@ def _metrics(folder: RunFolder, metric: str, score: float | None) -> list[dict[s
         elif "loss" in row:
             last = row
     if score is not None and metric != "loss":
-        entries.append({"step": last.get("step"), f"test {metric}": score})
+        entries.append({"step": last.get("step") if kept is None else kept, f"test {metric}": score})
     return entries

@@ -68,9 +68,10 @@ class MetricsLog:
         """What the trainer logs of its own, by name; with `eval_` before it, of held-out data."""
         return list(dict.fromkeys(name for row in self.rows for name in row if name not in _OF_A_ROW))
 
-    def last(self, name: str) -> float | None:
-        """The newest value of a metric; None where there is none."""
-        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
+    def last(self, name: str, step: int) -> float | None:
+        """The newest value of a metric at `step` or before it; None where there is none."""
+        rows = (row for row in reversed(self.rows) if row["step"] <= step)
+        return next((row[name] for row in rows if row.get(name) is not None), None)
 
     def eval_metric_at(self, step: int, name: str) -> float | None:
         """A metric of the held-out data after `step` steps, if it was measured."""

@@ -31,6 +31,7 @@ def summary_of(
     device: torch.device = arguments.device
     config, tokens, train_seconds = plan.config, state.num_input_tokens_seen, recorder.train_seconds
     kind, log, data = trainer_kind(config.train), recorder.log, plan.data
+    kept = kept_step(state, arguments)
     return {
         "name": Path(config.output.dir).name,
         "finished": now(),
@@ -69,9 +70,9 @@ def summary_of(
         "eval_loss_before": recorder.log.eval_metric_at(0, "loss"),
         "eval_loss_after": finite_or_none(loss_after),
         "scores": None,
-        "metrics": {name: log.last(name) for name in log.metrics()},
+        "metrics": {name: log.last(name, kept) for name in log.metrics()},
         "steps": state.global_step,
-        "kept_step": kept_step(state, arguments),
+        "kept_step": kept,
         "epochs": state.epoch,
         "tokens": tokens,
         "counts": kind.counts,
