@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import paca
 from models import adapt, llama
@@ -77,3 +79,42 @@ def test_an_adapter_that_is_there_may_name_more(tmp_path: Path) -> None:
     assert export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora").output.is_dir()
     model = paca_layers(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
     assert len(model) == 14
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_module_to_save_that_there_is_not_is_refused(second: bool) -> None:
+    """PEFT trains nothing then without a word: a head stays as random as it came."""
+    model = adapt(llama(), "other") if second else llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = paca.PacaConfig(r=2, modules_to_save=["lm_haed"])
+    said = r"LlamaForCausalLM has no module named lm_haed \(modules_to_save\).*Did you mean lm_head\? Its own modules"
+    with pytest.raises(ValueError, match=said):
+        model.add_adapter("default", config) if second else peft.get_peft_model(model, config)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"modules_to_save": ["embed_tokens", "wte"]}, r"no module named wte \(modules_to_save\)"),
+        ({"task_type": "SEQ_CLS"}, r"no module named classifier, score .*name this one's, or it stays frozen"),
+    ],
+)
+def test_one_that_there_is_not_beside_others_is_warned_of(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    base = llama()
+    with pytest.warns(UserWarning, match=said) as told:
+        model = peft.get_peft_model(base, paca.PacaConfig(r=2, target_modules=["q_proj"], **settings))
+    assert sum("modules_to_save" in str(one.message) for one in told) == 1
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        peft.PeftModel.from_pretrained(llama(), str(tmp_path))
+
+
+def test_the_heads_that_peft_names_for_a_task_are_no_mistake() -> None:
+    model = LlamaForSequenceClassification(llama().config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        peft.get_peft_model(model, paca.PacaConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))

@@ -80,7 +80,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             if config.indices and not config.reading:
                 check_indices_used(model, adapter_name, config.indices)
             if config.modules_to_save:
-                check_saved_modules(model, config)  # now with the layers of this adapter
+                check_saved_modules(model, config, tell=True)  # now with the layers of this adapter
             if adapter_name == REFERENCE:
                 copy_original(self.peft_config, paca_layers(model))
             entry.install(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
+from paca.messages.nearest import did_you_mean
 from paca.messages.shown import printable
 
 _CLASSIFIERS = frozenset({"classifier", "score"})
@@ -16,22 +18,25 @@ HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": fro
 """What PEFT adds to `modules_to_save`, by task: all of these names, whichever of them the model has."""
 
 
-def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
+def check_saved_modules(model: nn.Module, config: PacaConfig, *, tell: bool = False) -> None:
     """Check what PEFT is going to train or load whole, while the model can still be given back as it was. Raise
     `ValueError` for a module that has to do with adapted layers, or that the adapter's file lacks, as a whole or a
-    tensor of it."""
+    tensor of it, and where a new adapter's names are those of no module. With `tell`, warn of single such names."""
     shapes = config.shapes if config.reading else None
-    for wanted in config.modules_to_save or () if shapes is not None else ():
-        heads = HEADS.get(config.task_type or "", ())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {wanted: any(f"base_model.model.{n}".endswith(wanted) for n in modules) for wanted in _wanted(config)}
+    for wanted in names if shapes is not None else ():
+        heads = _heads(config)
         either = heads if wanted in heads else {wanted}
-        if not any(f".{one}." in f".{name}" for one in either for name in shapes or ()):
+        if names[wanted] and not any(f".{one}." in f".{name}" for one in either for name in shapes or ()):
             raise ValueError(
                 f"The adapter in {config.reading} holds no tensor of {wanted}, which its modules_to_save promises."
             )
-    modules = dict(model.named_modules(remove_duplicate=False))
+    if shapes is None and not config.inference_mode:
+        _look_for(names, model, config, tell=tell)
     adapted = [name for name, module in modules.items() if isinstance(module, PacaLayer)]
     for name, module in modules.items():
-        if not any(f"base_model.model.{name}".endswith(ending) for ending in config.modules_to_save or ()):  # as PEFT
+        if not any(f"base_model.model.{name}".endswith(ending) for ending in names):  # as PEFT
             continue
         for layer in adapted:
             if f"{layer}.".startswith(f"{name}.") or name.startswith(f"{layer}."):
@@ -47,6 +52,34 @@ def check_saved_modules(model: nn.Module, config: PacaConfig) -> None:
                 raise ValueError(
                     f"The adapter has no tensor base_model.model.{name}.{tensor}, which its modules_to_save promises."
                 )
+
+
+def _wanted(config: PacaConfig) -> list[str]:
+    return list(dict.fromkeys(config.modules_to_save or ()))
+
+
+def _heads(config: PacaConfig) -> frozenset[str]:
+    return HEADS.get(config.task_type or "", frozenset())
+
+
+def _look_for(names: dict[str, bool], model: nn.Module, config: PacaConfig, *, tell: bool) -> None:
+    """Refuse the names of a new adapter if no module has any of them; a head under another name stays as it is."""
+    heads = _heads(config) & names.keys()
+    found = any(names[head] for head in heads)
+    unknown = [name for name, there in names.items() if not there and not (name in heads and found)]
+    if not unknown:
+        return
+    own = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+    text = (
+        f"{type(model).__name__} has no module named {', '.join(unknown)} (modules_to_save), which would be trained "
+        f"whole.{did_you_mean(unknown[0][:99], own, '{}')} Its own modules are {', '.join(own)}."
+    )
+    if heads.issuperset(unknown):  # which PEFT added
+        text += f" For task_type {config.task_type} PEFT adds names of heads: name this one's, or it stays frozen."
+    elif not any(names.values()):
+        raise ValueError(text)
+    if tell:
+        warnings.warn(text, stacklevel=6)
 
 
 def check_whole_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> None:
