@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 import paca
 from expert_models import mixtral
@@ -41,6 +41,34 @@ def test_it_is_that_of_paca_train(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not plain LoRA"):
             paca.learning_rate(tmp_path, peft.LoraConfig(**other))
     assert paca.learning_rate(tmp_path, peft.LoraConfig(r=16, lora_alpha=32)) == 0.0022  # 0.025 × √8 / 32
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "reward", "classification", "image_classification"])
+def test_each_trainer_has_its_own(trainer: str, tmp_path: Path) -> None:
+    weight = torch.full((64, 64), 0.5)
+    save_file({"model.layers.0.self_attn.q_proj.weight": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    kind = trainer_kind({"trainer": trainer})
+    for config, method in ((paca.PacaConfig(), "paca"), (peft.LoraConfig(), "lora")):
+        assert paca.learning_rate(tmp_path, config, trainer=trainer) == automatic_rate(kind, method, {}, 0.5)[0]
+    of_factors = paca.learning_rate(tmp_path, paca.PacaConfig(), factor_rank=4, trainer=trainer)
+    assert of_factors == automatic_rate(kind, "paca", {}, 0.5, 4)[0]
+
+
+def test_a_model_of_images_has_that_of_images(tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32)
+    model = ViTForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    expected = automatic_rate(trainer_kind({"trainer": "image_classification"}), "paca", {}, size_of_loaded(model))[0]
+    assert paca.learning_rate(tmp_path, paca.PacaConfig()) == expected
+    adapted: Any = peft.get_peft_model(model, paca.PacaConfig(r=2))
+    assert paca.learning_rate(adapted, paca.PacaConfig()) == expected
+    assert paca.learning_rate(tmp_path, paca.PacaConfig(), trainer="sft") == pytest.approx(expected / 3, rel=0.05)
+
+
+def test_a_trainer_that_there_is_not_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no trainer 'image_clasification'; there are sft, .*Did you mean 'image_cl"):
+        paca.learning_rate(tmp_path, paca.PacaConfig(), trainer="image_clasification")
 
 
 def test_a_loaded_model_has_the_rate_of_its_files(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ docs/notes/learning-rate.md has the measurements, and where the rule was not tri
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
@@ -22,13 +23,20 @@ from torch import nn
 
 from paca.config import PacaConfig
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 from paca.pretrained.location import locate, neighbour_hint
-from paca.pretrained.weight_size import in_cache, size_of_loaded, weight_size
+from paca.pretrained.weight_size import finder, in_cache, size_of_loaded, weight_size
 
 RATE_OF_WEIGHTS = 0.4
 """Rate times paca_alpha, as a part of the weights' root mean square, for language models."""
 LORA_RATE_OF_WEIGHTS = 0.025
 """Of LoRA, rate times `lora_alpha / √r`, as a part of the root of the same."""
+RATES_OF_WEIGHTS = {
+    **dict.fromkeys(("sft", "reward", "classification"), (RATE_OF_WEIGHTS, LORA_RATE_OF_WEIGHTS)),
+    **dict.fromkeys(("dpo", "grpo"), (RATE_OF_WEIGHTS / 10, LORA_RATE_OF_WEIGHTS / 10)),
+    "image_classification": (1.2, 0.1),
+}
+"""Both by `train.trainer`."""
 _USUAL_SIZE = 0.03  # assumed where it can't be read; Gemma 3 270M has 0.037, SmolLM2-135M 0.2
 
 
@@ -36,26 +44,37 @@ _SCALE = 2.0  # of factors, in units of `paca_alpha / r`: what `FactoredAdamW` a
 
 
 def learning_rate(
-    model: str | os.PathLike[str] | nn.Module, config: PacaConfig | LoraConfig, *, factor_rank: int | None = None
+    model: str | os.PathLike[str] | nn.Module,
+    config: PacaConfig | LoraConfig,
+    *,
+    factor_rank: int | None = None,
+    trainer: str | None = None,
 ) -> float:
-    """The rate with which `paca train` trains a language model that gives none: for AdamW, and falling to 0 in the run.
+    """The rate with which `paca train` trains a model where a run gives none: for AdamW, and falling to 0 in the run.
 
     Args:
         model: Folder, `.gguf` file or hub id (of which the files that are read are fetched), or the loaded model, with
             or without adapters. 64 rows of each weight in four blocks are read, nothing is loaded.
         config: Its `paca_alpha` counts; of plain LoRA `r`, `lora_alpha` and `use_rslora`.
         factor_rank: The `rank` of `paca.FactoredAdamW`, if that trains the columns.
+        trainer: What trains it, by the names of `train.trainer`, such as `"dpo"`. None: `"image_classification"` for
+            a model of images by its config, else `"sft"`, whose rate reward models and classifiers of texts have too.
 
     Returns:
         `0.4 × (root mean square of the weights) / paca_alpha`, to two digits, and of LoRA `0.025 × √(the same × r) /
-            lora_alpha`, as of factors of that rank with twice that alpha. Where the weights can't be read (quantized
-            ones other than GGUF), 0.03 is taken for their size, with a warning.
+            lora_alpha`, as of factors of that rank with twice that alpha; a tenth of it for DPO and GRPO, of images
+            1.2 and 0.1 in place of 0.4 and 0.025. Where the weights can't be read (quantized ones other than GGUF),
+            0.03 is taken for their size, with a warning.
 
     Raises:
         PacaError: There is no such model here, nor on the hub; or the hub can't be reached.
         TypeError: `model` is neither a name nor a model.
-        ValueError: `config` is LoRA of a kind that was not measured, such as DoRA, or has no factors.
+        ValueError: `config` is LoRA of a kind that was not measured, such as DoRA, or has no factors; or there is no
+            such trainer.
     """
+    if trainer is not None and trainer not in RATES_OF_WEIGHTS:
+        hint = did_you_mean(trainer, RATES_OF_WEIGHTS)
+        raise ValueError(f"There is no trainer {trainer!r}; there are {', '.join(RATES_OF_WEIGHTS)}.{hint}")
     if isinstance(model, nn.Module):
         named, size = f"the loaded {type(model).__name__}", size_of_loaded(model)
     elif isinstance(model, (str, os.PathLike)):
@@ -71,6 +90,7 @@ def learning_rate(
             "several times too low or too high: try others beside it.",
             stacklevel=2,
         )
+    of_columns, of_lora = RATES_OF_WEIGHTS[trainer or ("image_classification" if _of_images(model) else "sft")]
     if isinstance(config, LoraConfig):
         if factor_rank is not None:
             raise ValueError("factor_rank is PaCA's, and the config is a LoraConfig, whose r says it. Leave it out.")
@@ -79,10 +99,25 @@ def learning_rate(
                 "This LoraConfig is not plain LoRA (use_dora, init_lora_weights other than True, or a lora_alpha "
                 "of 0), for which no rate was measured. Try 3e-4 and rates beside it."
             )
-        return lora_rate_and_rule(config.r, config.lora_alpha, size, rslora=config.use_rslora)[0]
+        return lora_rate_and_rule(config.r, config.lora_alpha, size, of_lora, rslora=config.use_rslora)[0]
     if factor_rank is not None:
-        return factors_rate_and_rule(factor_rank, config.r, config.paca_alpha, size)[0]
-    return rate_and_rule(config.paca_alpha, size)[0]
+        return factors_rate_and_rule(factor_rank, config.r, config.paca_alpha, size, of_lora)[0]
+    return rate_and_rule(config.paca_alpha, size, of_columns)[0]
+
+
+def _of_images(model: str | os.PathLike[str] | nn.Module) -> bool:
+    """Whether a model's config is that of an image classifier's body."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    if isinstance(model, nn.Module):
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+    else:
+        location = locate(str(model))
+        try:
+            kind = json.loads(finder(location, fetch=True)("config.json").read_text(encoding="utf-8"))["model_type"]
+        except Exception:  # a .gguf file, or what its loader says more of
+            return False
+    return kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def _size_of_named(model: str | os.PathLike[str]) -> float | None:

@@ -98,7 +98,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     dtype = next(model.parameters()).dtype
     automatic = given.get("learning_rate", AUTO) == AUTO
     size = None
-    if follows_weights(kind, method, config.adapter):
+    if follows_weights(method, config.adapter):
         size = weight_size(location, named.revision, fetch=automatic and (whole or fetch))
     config.train = train_settings.with_defaults(
         given, model, has_eval=held_out is not None, method=method, adapter=config.adapter, weight_size=size

@@ -8,7 +8,13 @@ from typing import Any
 from peft import LoraConfig
 
 from paca.config import PacaConfig
-from paca.pretrained.learning_rate import factors_rate_and_rule, is_plain_lora, lora_rate_and_rule, rate_and_rule
+from paca.pretrained.learning_rate import (
+    RATES_OF_WEIGHTS,
+    factors_rate_and_rule,
+    is_plain_lora,
+    lora_rate_and_rule,
+    rate_and_rule,
+)
 from paca.training.trainers.kind import TrainerKind
 
 AUTO = "auto"
@@ -16,10 +22,8 @@ _FAR = 20
 """Times as high or as low as the automatic rate: more than PaCA's was off from any best rate that was found."""
 
 
-def follows_weights(kind: TrainerKind, method: str, adapter: Mapping[str, Any]) -> bool:
+def follows_weights(method: str, adapter: Mapping[str, Any]) -> bool:
     """Whether the rate depends on the model's weights."""
-    if kind.rate_of_weights is None:
-        return False
     return method == "paca" or (method == "lora" and is_plain_lora(adapter))
 
 
@@ -41,16 +45,17 @@ def automatic_rate(
     """
     if method == "full":
         return kind.arguments.learning_rate, "the trainer's own default"
-    if kind.rate_of_weights is None or not follows_weights(kind, method, adapter):
+    if not follows_weights(method, adapter):
         return kind.learning_rate, "for adapters"
+    of_columns, of_lora = RATES_OF_WEIGHTS[kind.name]
     if method == "lora":
         r, alpha = adapter.get("r", LoraConfig.r), adapter.get("lora_alpha", LoraConfig.lora_alpha)
         scaled = bool(adapter.get("use_rslora"))
-        return lora_rate_and_rule(r, alpha, weight_size, kind.lora_rate_of_weights, rslora=scaled)
+        return lora_rate_and_rule(r, alpha, weight_size, of_lora, rslora=scaled)
     r, alpha = adapter.get("r", PacaConfig.r), adapter.get("paca_alpha", PacaConfig.paca_alpha)
     if factor_rank is not None:
-        return factors_rate_and_rule(factor_rank, r, alpha, weight_size, kind.lora_rate_of_weights)
-    return rate_and_rule(alpha, weight_size, kind.rate_of_weights)
+        return factors_rate_and_rule(factor_rank, r, alpha, weight_size, of_lora)
+    return rate_and_rule(alpha, weight_size, of_columns)
 
 
 def of_adam(rule: str, optimizer: str | None) -> str:

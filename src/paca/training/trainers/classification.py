@@ -25,7 +25,6 @@ from paca.data.labelled_texts import label_names
 from paca.data.sample import take_sample
 from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
-from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
 from paca.pretrained.quiet import without_progress_bars
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import tokenizer_of
@@ -44,7 +43,6 @@ class Classification(TrainerKind):
     renders = False
     measured = ("loss", "accuracy")
     score = "accuracy"
-    rate_of_weights = RATE_OF_WEIGHTS
 
     def loader(self, config: RunConfig, *, held_out: bool = False) -> Callable[..., Examples]:
         """Records of `text` and `label`."""

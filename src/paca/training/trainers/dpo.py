@@ -17,7 +17,6 @@ from paca.data.formats import Example
 from paca.data.sample import take_sample
 from paca.data.tokens import Tokens, encode
 from paca.messages.errors import PacaError
-from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS, RATE_OF_WEIGHTS
 from paca.training.config.run_config import RunConfig
 from paca.training.first_weights import unmoved
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
@@ -48,8 +47,6 @@ class Dpo(TrainerKind):
     own_keys: ClassVar[dict[str, Any]] = {"eos_token": str | None}
     trainer = _DpoTrainer
     learning_rate = 1e-5  # ten times TRL's, which is for training in full
-    rate_of_weights = RATE_OF_WEIGHTS / 10
-    lora_rate_of_weights = LORA_RATE_OF_WEIGHTS / 10
     score: ClassVar[str] = "rewards/accuracies"
     scored_before = False  # the reference itself prefers neither: ties, of which TRL's accuracy counts none as right
 

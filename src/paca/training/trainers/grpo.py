@@ -21,7 +21,6 @@ from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
 from paca.pretrained.answer_pattern import check_pattern
 from paca.pretrained.generation_settings import learns_a_cache, learns_a_prompt
-from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS, RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.prompt_form import check_prompts_stay_open, tokenizer_of
@@ -53,8 +52,6 @@ class Grpo(TrainerKind):
         "eos_token": str | None,
     }
     learning_rate = 1e-5  # ten times TRL's, which is for training in full
-    rate_of_weights = RATE_OF_WEIGHTS / 10
-    lora_rate_of_weights = LORA_RATE_OF_WEIGHTS / 10
     score = "reward"
     lengths_known = False
     probed = False

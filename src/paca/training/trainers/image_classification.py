@@ -30,8 +30,6 @@ class ImageClassification(Classification):
     auto_class = AutoModelForImageClassification
     task_type = None
     counts = "images"
-    rate_of_weights = 1.2
-    lora_rate_of_weights = 0.1
 
     def defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Images are counted; their files are opened as they are needed, so that the rows must keep them."""

@@ -22,7 +22,6 @@ from paca.data.packing import Packed
 from paca.data.sample import Sample
 from paca.data.tokens import as_template_wants
 from paca.messages.errors import PacaError
-from paca.pretrained.learning_rate import LORA_RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import DataSection, RunConfig
 from paca.training.prompt_form import choose_form, tokenizer_of
@@ -72,10 +71,6 @@ class TrainerKind:
     """Whether a chat template can render its data."""
     learning_rate: ClassVar[float] = 3e-4
     """Our default for adapters."""
-    rate_of_weights: ClassVar[float | None] = None
-    """PaCA's default instead, times paca_alpha, as a part of the weights' root mean square; None where it is not."""
-    lora_rate_of_weights: ClassVar[float] = LORA_RATE_OF_WEIGHTS
-    """LoRA's, times lora_alpha / √r, as a part of its root, where PaCA's is such a part."""
     counts: ClassVar[str] = "tokens"
     """What the speed is measured in."""
     measured: ClassVar[tuple[str, ...] | None] = None

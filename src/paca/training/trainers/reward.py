@@ -6,7 +6,6 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
 from paca.training.config.run_config import RunConfig
 from paca.training.trainers.dpo import check_all_kept, with_pairs_sampled
 from paca.training.trainers.kind import RunData, TrainerKind, read_texts
@@ -25,7 +24,6 @@ class Reward(TrainerKind):
     trainer = _RewardTrainer
     auto_class = AutoModelForSequenceClassification
     task_type = "SEQ_CLS"
-    rate_of_weights = RATE_OF_WEIGHTS
     score = "accuracy"
 
     def read(self, config: RunConfig) -> RunData:

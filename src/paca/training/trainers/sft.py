@@ -13,7 +13,6 @@ from paca.data import Examples, check_labels, tokenize
 from paca.data.packing import packed
 from paca.data.sample import take_sample
 from paca.messages.errors import PacaError
-from paca.pretrained.learning_rate import RATE_OF_WEIGHTS
 from paca.training.config.key_checks import Origins
 from paca.training.config.run_config import RunConfig
 from paca.training.packed_samples import check_apart
@@ -27,7 +26,6 @@ class Sft(TrainerKind):
 
     name = "sft"
     measured = ("loss", "mean_token_accuracy", "entropy", "num_tokens", "aux_loss")
-    rate_of_weights = RATE_OF_WEIGHTS
     arguments = SFTConfig
     # What counts in the loss is in the data's labels, made beforehand; TRL refuses to look for it once more.
     forced: ClassVar[dict[str, Any]] = {"completion_only_loss": False, "assistant_only_loss": False}
