@@ -105,14 +105,20 @@ def test_what_is_named_already_is_in_the_advice(tmp_path: Path) -> None:
         load_examples(source, columns={"answer": "target"})
 
 
+def test_a_family_that_there_is_not_is_told(tmp_path: Path) -> None:
+    with pytest.raises(PacaError, match="no family 'dpo' of examples; expected one of text, preferences, prompts, lab"):
+        load_examples(jsonl(tmp_path / "data.jsonl", [{"text": "a"}]), family="dpo")
+
+
 @pytest.mark.parametrize(
     ("record", "told"),
     [
         (
             {"prompt": "a?", "chosen": "b", "rejected": "c"},
-            "prompt, chosen, rejected. They are those of preference, for train.trainer: dpo or reward.",
+            "prompt, chosen, rejected. They are those of preference, for train.trainer: dpo or reward (in Python "
+            "family='preferences').",
         ),
-        ({"question": "a?", "chosen": "b", "rejected": "c"}, "for train.trainer: dpo or reward."),
+        ({"question": "a?", "chosen": "b", "rejected": "c"}, "reward (in Python family='preferences')."),
     ],
 )
 def test_data_for_another_trainer_is_named(tmp_path: Path, record: dict[str, Any], told: str) -> None:

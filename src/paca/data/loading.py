@@ -70,6 +70,8 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise PacaError(f"The limit of examples is {limit}; expected at least 1.")
+    if family not in FAMILIES:
+        raise PacaError(f"There is no family {family!r} of examples; expected one of {', '.join(FAMILIES)}.")
     given: dict[str, str] = dict(columns or {})
     named_columns.check_names(given, {name for form in FAMILIES[family].values() for name in form.columns})
     names: Sequence[Any] = source if isinstance(source, list | tuple) else [source]

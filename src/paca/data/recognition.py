@@ -110,7 +110,7 @@ def for_another_trainer(columns: Collection[str], families: Mapping[str, Mapping
             continue
         # Any data may have a text, or a question among other columns.
         if family != "text" and (family != "prompts" or set(columns) <= set(form.columns)):
-            return f"They are those of {form.name}, for {_TRAINERS[family]}."
+            return f"They are those of {form.name}, for {_TRAINERS[family]} (in Python family='{family}')."
     return None
 
 

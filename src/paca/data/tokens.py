@@ -140,7 +140,8 @@ def _conversation(
     if tokenizer.chat_template is None:
         raise PacaError(
             f"{example[ORIGIN]} holds messages, but the tokenizer has no chat template to render them with. "
-            "Use an instruction-tuned model, or train this one with a YAML that names a template in data.template."
+            "Use an instruction-tuned model, or give this one a template: data.template of a run's YAML, or in Python "
+            'paca.data.set_chat_template(tokenizer, "alpaca").'
         )
     messages, first = example.get("messages"), 0
     if messages is None:
