@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from paca.evaluation.own_data import scorer
 from paca.evaluation.own_run import config_of_run, held_out_of
 from paca.evaluation.sides import told_of_base
 from paca.messages.errors import PacaError
+from paca.planning import estimate
+from paca.planning.step_trace import WEIGHTS
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
+from paca.training.planned_run import target_of_run
+from paca.training.prepare import prepare
 from paca.training.prompt_form import tokenizer_of
 from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
 from training.test_run import SignalAtStep
@@ -161,6 +166,25 @@ def test_preferences_are_held_against_the_adapter_as_it_was(workspace: Path, tmp
     assert any(not torch.equal(tensor, moved[name]) for name, tensor in adapter(first).items())
     lines = dict(describe(load_run_config(on / "config.yaml")).lines())
     assert "adapter as it begins" in lines["reference"]
+
+
+@pytest.mark.parametrize("method", ["paca", "lora"])
+def test_the_copy_of_the_adapter_is_planned(method: str, workspace: Path, tmp_path: Path) -> None:  # noqa: F811
+    config, settings = workspace / "dpo.yaml", LORA if method == "lora" else ()
+    first = finished_dpo(workspace, tmp_path / "first", *settings)
+    begins = [f"model.adapter={first}", *(["paca=null"] if method == "lora" else [])]
+    planned = [target_of_run(config, changes, "cpu", None, None) for changes in (settings, begins)]
+    anew, goes_on = (estimate(one.model, one.setting, one.adapter) for one in planned)
+    copied = sum(tensor.numel() * tensor.element_size() for tensor in adapter(first).values())
+    assert goes_on.trainable == anew.trainable
+    assert goes_on.parameters == anew.parameters
+    assert goes_on.parts[WEIGHTS] - anew.parts[WEIGHTS] == pytest.approx(copied, rel=0.02)
+    made = prepare(load_run_config(config, begins))  # of which a run foretells its memory
+    assert estimate(made.outline, planned[1].setting).parts[WEIGHTS] == goes_on.parts[WEIGHTS]
+    told_before = replace(
+        planned[1].setting, reference=None
+    )  # train.precompute_ref_log_probs: TRL holds it all the same
+    assert estimate(planned[1].model, told_before, planned[1].adapter).parts[WEIGHTS] == goes_on.parts[WEIGHTS]
 
 
 def finished_dpo(workspace: Path, folder: Path, *overrides: str) -> Path:  # noqa: F811

@@ -18,7 +18,7 @@ from paca.planning import learned_prompt, shadow
 from paca.planning.compiled_products import program_bytes
 from paca.planning.operators import Operator
 from paca.planning.output_layer import check_output_layer
-from paca.planning.passes import task_of
+from paca.planning.passes import hold_copy, task_of
 from paca.planning.quantized_layers import quantization_name, unpacked_by_peft, unpacked_numel
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Setting
@@ -196,6 +196,9 @@ def estimate(
     """
     autocast = setting.autocast_adapter_dtype
     prepared = prepare_model(model, adapter, setting.quantization, autocast_adapter_dtype=autocast)
+    if isinstance(prepared, PeftModel) and setting.copied_adapter:
+        prepared = copy.deepcopy(prepared) if prepared is model else prepared
+        hold_copy(prepared)
     root = root_of(prepared)
     task = task_of(root)
     if task is None:

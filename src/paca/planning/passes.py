@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from transformers import PreTrainedModel
 from paca.planning.learned_prompt import LearnedPrompt
 from paca.planning.setting import PAIRED, Setting
 from paca.pretrained.image_shape import image_shape
+
+COPY = "ref"
+"""What TRL calls the copy of an adapter."""
 
 Task = Literal["text", "labelled texts", "pairs", "images"]
 
@@ -83,7 +87,7 @@ def loss_of(
         log_probs = result.log_probs.sum(1)
         if setting.reference is not None:
             before_reference()
-            with torch.no_grad(), without_adapter(model if reference is None else None):
+            with torch.no_grad(), as_reference(model if reference is None else None, copied=setting.copied_adapter):
                 compared = (reference or model)(**inputs, use_cache=False, **options).log_probs.sum(1)
             log_probs = log_probs - compared
         chosen, rejected = log_probs.chunk(2)
@@ -99,14 +103,22 @@ def loss_of(
 
 
 @contextmanager
-def without_adapter(model: nn.Module | None) -> Iterator[None]:
-    """`model` as its adapter's `disable_adapter` makes it; without one, nothing changes."""
+def as_reference(model: nn.Module | None, *, copied: bool) -> Iterator[None]:
+    """`model` with its adapter off, or with the copy of it that `hold_copy` made on; without one, nothing changes."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper, LearnedPrompt)
-    layers = [] if model is None else [module for module in model.modules() if isinstance(module, kinds)]
+    layers: list[Any] = [] if model is None else [module for module in model.modules() if isinstance(module, kinds)]
+    before = [(layer, layer.active_adapters) for layer in layers if copied]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer.set_adapter(COPY) if copied else layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, active in before:
+            layer.set_adapter(active)
+        for layer in layers if not copied else ():
             layer.enable_adapters(True)
+
+
+def hold_copy(adapted: PeftModel) -> None:
+    """Put a second adapter of the same kind beside the active one, as TRL's DPOTrainer holds what a run began with."""
+    adapted.add_adapter(COPY, adapted.active_peft_config)

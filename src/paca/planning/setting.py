@@ -70,7 +70,10 @@ class Setting:
     trainer: str = "sft"
     """As `train.trainer` of a run."""
     reference: Literal["without adapter"] | torch.dtype | None = None
-    """What the trained model is held against: itself, with its adapter off, or a second copy of it, of a dtype."""
+    """What the trained model is held against: itself, with its adapter off (or a copied one in its place), or a second
+    copy of it, of a dtype."""
+    copied_adapter: bool = False
+    """Whether a copy of the adapter is held that a run begins with, as TRL's DPOTrainer does."""
     disable_dropout: bool = False
     """Whether the trainer sets every dropout to zero."""
     answering: Answering | None = None

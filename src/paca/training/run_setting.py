@@ -52,6 +52,7 @@ def setting_of_run(config: RunConfig, device: str, longest: int | None = None, l
         lengths=-(-lengths // multiple) if isinstance(multiple, int) else lengths,
         trainer=trainer,
         reference=_reference(config, trainer),
+        copied_adapter=trainer == "dpo" and config.model.adapter is not None,
         disable_dropout=bool(train.get("disable_dropout", trainer == "dpo")),
         answering=_answering(train) if trainer == "grpo" else None,
     )
