@@ -1,8 +1,8 @@
 """Stands in for `paca train` where only what lies around it is tested: it trains nothing, and takes no time for it.
 
 `python fake_trainer.py train CONFIG [--resume]` leaves a run folder whose numbers follow from the config alone. It
-waits at a step while there is a file `hold` beside the config's folder, and fails where the config asks for it, or a
-file `away` there names the run.
+waits at a step while there is a file `hold` beside the config's folder, and fails where the config asks for it, a file
+`away` there names the run, or there is a file `full`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def main() -> None:
             save_checkpoint(folder / "checkpoints" / f"checkpoint-{step}", step)
         if stopped:
             sys.exit(130)
+        if step == 2 and (config_path.parents[1] / "full").exists():
+            sys.exit(f"Error: The disk is full: {folder / 'checkpoints'} could not be written. 7 bytes are free in it.")
     loss = loss_at(config, STEPS)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": STEPS, "eval_loss": loss}) + "\n")

@@ -258,6 +258,22 @@ def test_a_run_that_was_killed_or_found_no_room_goes_on_with_the_next_call(
     assert {row["name"]: row["train_info"]["status"] for row in rows_in(out)} == dict.fromkeys(NAMES, "success")
 
 
+def test_a_full_disk_stops_the_comparison_at_the_first_run_that_finds_it(tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "full").touch()
+    work = small_work(out)
+    with pytest.raises(PacaError, match=r"The disk is full: .* the same command goes on") as raised:
+        work.run()
+    assert NAMES[0] in str(raised.value)
+    assert [path.name for path in (out / "runs").iterdir()] == [NAMES[0]]
+    assert not (out / "runs" / NAMES[0] / "failed.json").exists()  # for others who share the work
+    (out / "full").unlink()
+    small_work(out).run()
+    assert (out / "runs" / NAMES[0] / "log.txt").read_text().splitlines()[-1] == "Resuming after step 2."
+    assert comparable(out) == comparable(uninterrupted)
+
+
 def test_rows_have_the_names_of_pefts_method_comparison(uninterrupted: Path) -> None:
     row = next(row for row in rows_in(uninterrupted) if row["name"] == "lora-lr0.003-seed1")
     assert (row["method"], row["learning_rate"], row["seed"], row["metric"]) == ("lora", 3e-3, 1, "loss")

@@ -17,7 +17,14 @@ from paca.comparison.method_result import why_failed
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
-from paca.comparison.training_process import PROGRAM, TrainingProcess, forget_what_passes, how_to_try_again
+from paca.comparison.training_process import (
+    PROGRAM,
+    TrainingProcess,
+    failure_of,
+    forget_what_passes,
+    how_to_try_again,
+)
+from paca.messages.disk import DiskError, says_full
 from paca.messages.say import say
 from paca.messages.units import format_duration
 from paca.training.folder.run_folder import RunFolder
@@ -91,6 +98,7 @@ class Work:
         """Train what is needed until nothing is left, here or elsewhere.
 
         Raises:
+            DiskError: A run found the disk full.
             KeyboardInterrupt: Ctrl-C; the run that was going on has saved a checkpoint.
         """
         told = None
@@ -149,9 +157,21 @@ class Work:
                 process.stop()
                 raise
             process.finish()
+            self._stop_if_full(job)
             self.took[job] = time.monotonic() - progress.started
         self._say_end(job)
         return True
+
+    def _stop_if_full(self, job: Job) -> None:
+        """The next runs would find the disk full as well, each after a start of its own."""
+        folder = self.comparison.folder(job)
+        failure = failure_of(folder)
+        if failure is not None and says_full(failure["error_msg"]):
+            forget_what_passes(folder)  # so that others who share the work don't take it for a failure
+            raise DiskError(
+                f"{failure['error_msg'].rstrip('.')}. {job.name} stopped there, and no further run is begun. Make "
+                "room; the same command goes on from what is saved."
+            )
 
     def _say_end(self, job: Job) -> None:
         row = self.row(job)
