@@ -132,6 +132,18 @@ def test_accumulation_keeps_gradients_and_multiplies_the_work() -> None:
     assert four.activations == once.activations
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_tied_weight_has_one_gradient_and_one_state(checkpointing: bool) -> None:
+    shape = config("llama", dtype=torch.float32, tie_word_embeddings=True)
+    for passes in (1, 2):
+        setting = Setting(16, gradient_accumulation=passes, checkpointing=checkpointing)
+        made = estimate(shape, setting, timed=True)
+        assert made.trainable == made.parameters
+        assert made.parts["optimizer state"] == 2 * 4 * made.trainable
+        assert made.parts["trainable parameters"] == 4 * made.trainable
+        assert made.parts["gradients"] <= 4 * made.trainable
+
+
 def test_operations_are_those_of_the_matrix_products() -> None:
     result = planned(adapter=None, chunked_loss=False)
     tokens = 64

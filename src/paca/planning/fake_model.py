@@ -33,7 +33,7 @@ _SINGLE: tuple[Any, ...] = ((1,), ([],), ((),))
 def make_fake(model: nn.Module) -> None:
     """Turn all parameters and buffers of `model`, which is on the meta device, into fake ones on the CPU, in place.
 
-    To be called under `without_values`. Tied weights stay tied: one storage.
+    To be called under `without_values`. Tied weights stay tied: one parameter, with one gradient.
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id is not given away
 
@@ -43,10 +43,24 @@ def make_fake(model: nn.Module) -> None:
             made[id(tensor)] = (tensor, empty)
         return made[id(tensor)][1]
 
+    tied = _tied(model)
     with _each_module_once(model), patch.object(resident, "write_together", _as_if_written):
         model._apply(fake)
+    for (module, name), *others in tied:
+        for other, own in others:
+            other._parameters[own] = module._parameters[name]
     fake_states(model, fake)
     fake_places(model, fake)
+
+
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places of each parameter that has several, of which `_apply` makes a new one each."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
 
 
 def _as_if_written(jobs: Iterable[Any]) -> None:
