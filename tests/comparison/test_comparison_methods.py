@@ -103,6 +103,8 @@ def test_a_file_is_laid_over_the_yaml_key_by_key(
         ("train: {seed: 1}\n", "train.seed comes from --seeds"),
         ("paca: {random_seed: 1}\n", "paca.random_seed comes from --seeds"),
         ("train: {data_seed: 1}\n", "train.data_seed would give a method another order"),
+        ("train: {early_stopping_patience: 2}\n", "train.early_stopping_patience has no place .* makes all its steps"),
+        ("model: {adapter: runs/a}\n", "model.adapter has no place in a method's file: .* begin anew"),
         ("train: {max_length: 38}\n", "train.max_length changes what a method is judged by"),
         ("train: {completion_only_loss: false}\n", "train.completion_only_loss changes what"),
         ("train: {truncation_mode: keep_end}\n", "train.truncation_mode changes what"),

@@ -274,6 +274,23 @@ def test_a_full_disk_stops_the_comparison_at_the_first_run_that_finds_it(tmp_pat
     assert comparable(out) == comparable(uninterrupted)
 
 
+def test_finished_runs_tell_how_long_the_others_will_take(tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "out"
+    assert small_work(out).told_of_time() is None
+    shutil.copytree(uninterrupted, out)
+    assert small_work(out).told_of_time() == "6 of these runs are finished, which took 0:13 each"
+    assert small_work(out, seeds=[0, 1, 2]).told_of_time() == (
+        "6 of these runs are finished, which took 0:13 each; by that the others take about 0:26"
+    )
+    summary = out / "runs" / NAMES[1] / "summary.json"
+    summary.write_text(json.dumps({**json.loads(summary.read_text()), "seconds": 25.0}))
+    (out / "runs.jsonl").unlink()
+    shutil.rmtree(out / "runs" / NAMES[5])
+    assert small_work(out).told_of_time() == (
+        "5 of these runs are finished, which took 0:13 to 0:25 each; by that the others take about 0:13"
+    )
+
+
 def test_rows_have_the_names_of_pefts_method_comparison(uninterrupted: Path) -> None:
     row = next(row for row in rows_in(uninterrupted) if row["name"] == "lora-lr0.003-seed1")
     assert (row["method"], row["learning_rate"], row["seed"], row["metric"]) == ("lora", 3e-3, 1, "loss")

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from comparison.small_comparison import small_work
 from paca.comparison.schedule import Job
-from paca.comparison.work import _Progress, seconds_left
+from paca.comparison.time_left import seconds_left
+from paca.comparison.work import _Progress
 
 
 def test_time_left_goes_by_the_runs_of_each_method() -> None:

@@ -122,6 +122,7 @@ def _train(
     from paca.comparison.compare import compare
     from paca.comparison.plan_table import data_text, disk_text, no_verdict_text, rates_text, table_of, work_text
     from paca.comparison.prepare import prepare
+    from paca.comparison.work import Work
     from paca.training.products import tell_of_products
 
     disable_progress_bars()
@@ -142,6 +143,8 @@ def _train(
     which = f"the one seed {numbers[0]}" if len(numbers) == 1 else f"seeds {', '.join(map(str, numbers))}"
     say(console, f"{rates_text(grids, extend=extend)}; {which}")
     say(console, work_text(planned, grids, len(numbers), extend=extend))
+    if dry_run and (times := Work(comparison, {}, console).told_of_time()) is not None:
+        say(console, times)
     say(console, disk_text(planned, grids, len(numbers)))
     for line in without_effect:
         say(console, line, style="yellow")

@@ -239,6 +239,13 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
         section, _, key = setting.partition(".")
         if key in sections.get(section, {}):
             raise PacaError(f"{path}: {setting} comes from {flag}. Leave it out of the method's file.")
+    for setting, why in (
+        ("train.early_stopping_patience", "each run of a comparison makes all its steps"),
+        ("model.adapter", "the methods of a comparison all begin anew"),
+    ):
+        section, _, key = setting.partition(".")
+        if sections.get(section, {}).get(key) is not None:
+            raise PacaError(f"{path}: {setting} has no place in a method's file: {why}. Leave it out.")
     if "data_seed" in sections.get("train", {}):
         raise PacaError(
             f"{path}: train.data_seed would give a method another order of the data than the others have. Set it in "

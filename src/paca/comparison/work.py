@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -17,6 +18,7 @@ from paca.comparison.method_result import why_failed
 from paca.comparison.rows import SHARES, Row, row_of, write_rows
 from paca.comparison.schedule import FAILED, Job, Outcome, Schedule, schedule
 from paca.comparison.settings import Comparison
+from paca.comparison.time_left import seconds_left
 from paca.comparison.training_process import (
     PROGRAM,
     TrainingProcess,
@@ -93,6 +95,30 @@ class Work:
     def rows(self) -> list[Row]:
         """Of all runs that ended and are needed."""
         return [row for job in self.schedule().jobs if (row := self.row(job)) is not None]
+
+    def left_and_taken(self, plan: Schedule) -> tuple[dict[str, int], dict[str, list[float]]]:
+        """For each method how many runs have not ended, and the seconds of those with a score."""
+        left, taken = dict(plan.expected), {name: list[float]() for name in plan.expected}
+        for job in plan.jobs:
+            if (row := self.row(job)) is not None:
+                left[job.method] -= 1
+                if row["score"] is not None:
+                    taken[job.method].append(self.took.get(job, row["run_info"]["total_time"]))
+        return left, taken
+
+    def told_of_time(self) -> str | None:
+        """What finished runs took, and by that the others; None without any."""
+        plan = self.schedule()
+        left, taken = self.left_and_taken(plan)
+        seconds = sorted(itertools.chain.from_iterable(taken.values()))
+        if not seconds:
+            return None
+        took = " to ".join(dict.fromkeys(map(format_duration, (seconds[0], seconds[-1]))))
+        told = f"{len(seconds)} of these runs are finished, which took {took} each"
+        rest = seconds_left(left, taken, plan.jobs[0].method, 0.0, None)
+        if not rest:
+            return told
+        return f"{told}; by that the others take {'at least' if plan.growing else 'about'} {format_duration(rest)}"
 
     def run(self) -> None:
         """Train what is needed until nothing is left, here or elsewhere.
@@ -194,16 +220,10 @@ class _Progress:
         self.work, self.job, self.process = work, job, process
         self.started = self.last_plain = time.monotonic()
         plan = work.schedule()
-        ended = {one: row for one in plan.jobs if (row := work.row(one)) is not None}
-        self.left = dict(plan.expected)
-        self.taken: dict[str, list[float]] = {name: [] for name in plan.expected}
-        for one, row in ended.items():
-            self.left[one.method] -= 1
-            if row["score"] is not None:
-                self.taken[one.method].append(work.took.get(one, row["run_info"]["total_time"]))
-        self.growing = plan.growing
-        count = f"{'at least ' if self.growing else ''}{sum(plan.expected.values())}"
-        self.heading = f"run {len(ended) + 1} of {count}: {job.name}"
+        self.left, self.taken = work.left_and_taken(plan)
+        self.growing, expected = plan.growing, sum(plan.expected.values())
+        count = f"{'at least ' if self.growing else ''}{expected}"
+        self.heading = f"run {expected - sum(self.left.values()) + 1} of {count}: {job.name}"
         self.last_line = self.heading
         self.live: Live | None = None
         self.before: float | None = None
@@ -247,32 +267,6 @@ class _Progress:
     def _time_left(self, elapsed: float, expected: float | None = None) -> list[str]:
         left = seconds_left(self.left, self.taken, self.job.method, elapsed, expected)
         return [] if left is None else [f"{'at least' if self.growing else 'about'} {format_duration(left)} left"]
-
-
-def seconds_left(
-    left: Mapping[str, int],
-    taken: Mapping[str, Sequence[float]],
-    current: str,
-    elapsed: float,
-    expected: float | None,
-) -> float | None:
-    """How long one process alone will be busy.
-
-    Args:
-        left: How many runs of each method have not ended, the current one included.
-        taken: Seconds of the runs of each method that ended.
-        current: The method of the run that is going on.
-        elapsed: Seconds since that began.
-        expected: Seconds that it will take, as its own steps foretell it; None before its first step.
-    """
-    means = {method: sum(seconds) / len(seconds) for method, seconds in taken.items() if seconds}
-    if expected is not None:
-        means.setdefault(current, max(expected, elapsed))
-    if not means:
-        return None
-    overall = sum(means.values()) / len(means)
-    whole = sum(count * means.get(method, overall) for method, count in left.items())
-    return max(0.0, whole - min(elapsed, means.get(current, overall)))
 
 
 def names_of(jobs: Iterable[Job]) -> str:
