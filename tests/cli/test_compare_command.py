@@ -64,6 +64,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (["config.yaml", "--lr", "1e-3", "--set", "paca.random_seed=7"], "--set paca.random_seed would change nothing"),
         (["config.yaml", "--lr", "1e-3", "--set", "eval={after: false}"], "--set eval.after would change nothing"),
         (["config.yaml", "--lr", "1e-3", "--set", "output.dir=x"], "each run has its own folder in --output"),
+        # What each run would have refused for itself, after the model was loaded.
+        (
+            ["config.yaml", "--lr", "1e-3", "--set", "train.max_length=5"],
+            "its runs would refuse this: 32 of 32 examples",
+        ),
+        (
+            ["config.yaml", "--lr", "1e-3", "--set", "eval={metric: exact_match, answer_pattern: 'zz(.)zz'}"],
+            "the pattern 'zz(.)zz' finds no answer in the reference",
+        ),
     ],
 )
 def test_a_mistake_is_one_message_on_standard_error(workspace: Path, arguments: list[str], message: str) -> None:

@@ -138,6 +138,10 @@ def test_the_newest_step_is_read_from_the_end_of_a_long_file(tmp_path: Path) -> 
     ("program", "message"),
     [
         ("print('a line'); print('Error: too hot'); raise SystemExit(1)", "too hot"),
+        (
+            "print('Error: too hot:'); print('  line 17'); print('Open a window.'); exit(1)",
+            "too hot: line 17 Open a window.",
+        ),
         ("raise ValueError('odd')", "ValueError: odd"),
         ("raise SystemExit(3)", "no message; exit status 3"),
         ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL, most likely because the machine ran out of memory"),

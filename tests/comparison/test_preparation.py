@@ -166,7 +166,7 @@ def test_a_number_that_a_method_lacks_is_told_with_its_place(tmp_path: Path, mon
     def lacking(*_: object, **options: bool) -> None:
         raise PacaError("peft.num_virtual_tokens is missing: how many tokens are learned.")
 
-    monkeypatch.setattr(prepare, "describe", lacking)
+    monkeypatch.setattr(prepare, "prepare_run", lacking)
     comparison = small_comparison(tmp_path, "paca,prompt_tuning", rates=Rates([1e-3]))
     place = r"file of the method's own, with peft: {peft_type: PROMPT_TUNING, num_virtual_tokens: \.\.\.} in it: --meth"
     with pytest.raises(PacaError, match=rf"^The method prompt_tuning: peft\.num_virtual_tokens is missing.* {place}"):

@@ -143,7 +143,7 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     from paca.training.folder.run_folder import RunFolder
     from paca.training.plan import show_plan
     from paca.training.prepare import prepare
-    from paca.training.reporting.data_preview import show_sample, told_of_unanswered
+    from paca.training.reporting.data_preview import show_sample
 
     folder = RunFolder(Path(config.output.dir))
     folder.check_writable()
@@ -161,9 +161,8 @@ def _show_dry_run(config: RunConfig, settings: bool, measurement: Measurement | 
     except PacaError as taken:  # no mistake in the file
         say(console, f"\nBefore it is trained: {taken}", "yellow")
     training_arguments(plan.config.train, folder.checkpoints)  # what can't be is told as by a run
-    sample = plan.data.sample
-    if plan.config.train["trainer"] == "sft" and sample is not None and sample.refused:
-        raise PacaError(f"A run refuses this: {told_of_unanswered(sample, plan.data.context)}")
+    if (told := plan.refusal()) is not None:
+        raise PacaError(f"A run refuses this: {told}")
 
 
 def show_result(result: RunResult, console: Console) -> None:

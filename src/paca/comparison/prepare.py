@@ -17,13 +17,14 @@ from paca.comparison.methods import Method
 from paca.comparison.plan_table import PlannedMethod
 from paca.comparison.settings import Comparison, SettingsFile, check_calibration, run_sections, write_config
 from paca.comparison.trial import trials_of
+from paca.evaluation.own_data import scorer
 from paca.messages.errors import PacaError
 from paca.messages.say import say
 from paca.pretrained.claims import Claim
 from paca.training import load_run_config
 from paca.training.config.run_config import RunConfig
 from paca.training.plan import Plan
-from paca.training.prepare import describe
+from paca.training.prepare import prepare as prepare_run
 from paca.training.trainers import trainer_kind
 
 AUTOCAST = "autocast_adapter_dtype"
@@ -108,12 +109,18 @@ def plan_of(comparison: Comparison, method: Method, *, fetch: bool = False) -> P
         fetch: Fetch the weights that `auto` depends on, as the run would, if they are on the hub.
 
     Raises:
-        PacaError: Its settings don't fit the model or the data.
+        PacaError: Its settings don't fit the model or the data, or its runs would refuse what is known of that.
     """
     try:
-        return describe(_config_of(comparison, method), fetch=fetch)
+        prepared = prepare_run(_config_of(comparison, method), whole=False, fetch=fetch)
+        plan, data = prepared.plan, prepared.plan.data
+        if (told := plan.refusal()) is not None:
+            raise PacaError(f"its runs would refuse this: {told}")
+        if (measurement := scorer(plan.config.eval)) is not None and data.eval is not None:
+            measurement.check(data.eval.dataset, prepared.outline)
     except PacaError as error:
         raise _of_method(comparison, method, error) from error
+    return plan
 
 
 def _of_method(comparison: Comparison, method: Method, error: PacaError) -> PacaError:

@@ -21,6 +21,7 @@ from paca.training.folder.run_folder import RunFolder
 PROGRAM = (sys.executable, "-m", "paca_command")
 FAILURE = "failed.json"
 _TAIL = 4096  # bytes of a metrics file with its newest rows: the training is not to wait for who looks at it
+_ERROR_LINES = 8
 _INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)  # with its checkpoint saved, or before it had any
 
 
@@ -111,8 +112,10 @@ class TrainingProcess:
         if status < 0:
             hint = ", most likely because the machine ran out of memory" if -status == signal.SIGKILL else ""
             return f"killed by {signal.Signals(-status).name}{hint}"
-        told = [line for line in lines if line.startswith("Error: ")]
-        return (told or lines or [f"no message; exit status {status}"])[-1].removeprefix("Error: ")
+        starts = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
+        if starts:  # with its further lines: what to do comes last
+            return " ".join(lines[starts[-1] : starts[-1] + _ERROR_LINES]).removeprefix("Error: ")
+        return (lines or [f"no message; exit status {status}"])[-1]
 
 
 def failure_of(folder: RunFolder) -> dict[str, Any] | None:

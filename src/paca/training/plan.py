@@ -17,7 +17,7 @@ from paca.training.config.run_config import RunConfig
 from paca.training.early_stop import patience_warning
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
 from paca.training.products import tell_of_products
-from paca.training.reporting.data_preview import context_warning, cut_warning
+from paca.training.reporting.data_preview import context_warning, cut_warning, told_of_unanswered
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
 
@@ -95,6 +95,13 @@ class Plan:
             f"{count:,} of the {self.eval_examples:,} held-out examples {'are' if count > 1 else 'is'} trained on as "
             f"well: their scores tell what was learnt by heart. {do}"
         )
+
+    def refusal(self) -> str | None:
+        """What a run says when it refuses this data; None where nothing that was seen of it is refused."""
+        sample = self.data.sample
+        if self.config.train["trainer"] != "sft" or sample is None or not sample.refused:
+            return None
+        return told_of_unanswered(sample, self.data.context)
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and text of each line of the description."""
