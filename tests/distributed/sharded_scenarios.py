@@ -421,6 +421,21 @@ def disabling_gives_the_pretrained_model():
             torch.testing.assert_close(before, alone(input_ids=batch()).logits)
 
 
+@of(2)
+def a_reference_pass_first_leaves_gathered_deltas_trainable():
+    """As GRPO does it. The root stays gathered, so that `disable_adapter()` freezes shards, and thaws copies."""
+    for reshard in (False, True):
+        alone, together = pair(adapted_llama, "root")
+        for model, ids in ((alone, batch()), (together, mine(batch()))):
+            for _ in range(2):
+                with torch.no_grad(), model.disable_adapter():
+                    reference = model(input_ids=ids).logits
+                if reshard and model is together:
+                    model.reshard()
+                (model(input_ids=ids).logits - reference).square().mean().backward()
+        check_gradients(alone, together)
+
+
 def check_other_adapter_in_between(alone, together):
     for model, ids in ((alone, batch()), (together, mine(batch()))):
         first = model(input_ids=ids).logits

@@ -65,15 +65,14 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             del STEPPING[thread]
         jobs: dict[ResidentColumns, Job] = {}  # one per weight: the last of its adapters knows them all
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
-        now, without = _held(optimizer)
-        stepped = dict.fromkeys([*before, *now])
+        stepped = dict.fromkeys([*before, *(held := _held(optimizer))[0]])
         for layer_of, adapter_name in stepped:
             if (layer := layer_of()) is not None and (job := layer.stepped(adapter_name)) is not None:
                 jobs[job[0]] = job
         if jobs:
             write_together(jobs.values())
         # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
-        for layer_of, adapter_name in without:
+        for layer_of, adapter_name in held[1]:
             if (layer_of, adapter_name) not in stepped and (layer := layer_of()) is not None:
                 layer.doubted(adapter_name)
 
@@ -107,6 +106,8 @@ class Deltas(nn.ParameterDict):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_deleted", ()):
             return  # FSDP2 goes on putting it back
+        if (now := self._parameters.get(name)) is not None and self.shard(name) is not None:
+            value.requires_grad_(now.requires_grad)  # FSDP2 swaps them, and PEFT's calls reach the one in place
         if is_sharded(value):
             shards = self.__dict__.setdefault("_shards", {})
             if name not in shards or shards[name].device_mesh == value.device_mesh:  # else ShardedColumns.replaced

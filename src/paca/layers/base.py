@@ -102,8 +102,7 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
     def job(self, *, compare: bool = False) -> Job | None:
         """What is to be written, for `write_together`; `compare` if no version counter may show what changed."""
         base: Any = self._modules["base_layer"]
-        columns, weight = base.columns, base.weight
-        columns.check_writable(weight)
+        (columns := base.columns).check_writable(weight := base.weight)
         home = columns.home_to_write(weight)
         if type(weight) is not nn.Parameter and "weight" not in base._parameters:
             refuse_computed(self.active_adapters)
