@@ -172,6 +172,7 @@ def test_messages_may_come_in_parts_of_text() -> None:
         ({"role": "user", "content": None}, r"messages\[0\]\.content is null; expected text"),
         ({"role": "user", "text": "a"}, r"messages\[0\]\.content is not there; the message has role, text; expected"),
         ({"role": "asistant", "content": "a"}, r"has the role 'asistant'; expected one of .* Did you mean 'assistant'"),
+        ({"role": "gpt", "content": "a"}, r"has the role 'gpt'; .* Rename it to 'assistant'\."),
         ({"from": "user", "content": "a"}, r"has the role None; expected one of .* Its keys are from, content\."),
         ({"role": "user", "content": [{"type": "image_url"}]}, r"content is a list of an object; expected text"),
         ({"role": "user", "content": []}, r"content is an empty list; expected text"),

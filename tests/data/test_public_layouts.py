@@ -338,3 +338,12 @@ def test_a_line_that_was_cut_off_is_called_so(tmp_path: Path) -> None:
     file.write_text('{"text": "one"}\n{"text": "tw\n')
     with pytest.raises(PacaError, match=r"line 2 is not valid JSON: Unterminated string starting \(column 10\)"):
         list(rows_of(file))
+
+
+def test_an_array_within_a_file_of_lines_is_called_so(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('[\n{"text": "one"}\n]\n')
+    with pytest.raises(
+        PacaError, match=r"line 1 is not valid JSON: .*a line\. One array of them goes into a \.json file\."
+    ):
+        list(rows_of(file))

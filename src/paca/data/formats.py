@@ -167,6 +167,8 @@ def _messages(value: object, name: str) -> list[Message]:
         role = message.get("role")
         if role not in ROLES:
             keys = f" Its keys are {', '.join(given)}." if role is None else did_you_mean(str(role), ROLES)
+            if isinstance(role, str) and role in _SPEAKERS:
+                keys = f" Rename it to {_SPEAKERS[role]!r}."
             raise PacaError(f"{name}[{index}] has the role {role!r}; expected one of {', '.join(ROLES)}.{keys}")
         if "content" not in message and message.get("tool_calls"):
             message["content"] = ""

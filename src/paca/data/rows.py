@@ -67,12 +67,16 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
             raise PacaError(f"{file} is not UTF-8 text{where}. Save it as UTF-8.") from error
 
 
+def _array(line: str) -> str:
+    return " One array of them goes into a .json file." if line.lstrip().startswith("[") else ""
+
+
 def _json_object(text: str, place: str) -> Row:
     try:
         row = json.loads(text.rstrip("\r\n"))  # with its end, a text that was cut off has a "control character"
     except json.JSONDecodeError as error:
         told = f"{error.msg.removesuffix(' at')} (column {error.pos + 1})"
-        raise PacaError(f"{place} is not valid JSON: {told}. Expected one JSON object a line.") from error
+        raise PacaError(f"{place} is not valid JSON: {told}. Expected one JSON object a line.{_array(text)}") from error
     except (ValueError, RecursionError) as error:
         raise PacaError(f"{place} can't be read as JSON: {error}.") from error
     if not isinstance(row, dict):
