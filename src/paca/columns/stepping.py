@@ -65,14 +65,15 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             del STEPPING[thread]
         jobs: dict[ResidentColumns, Job] = {}  # one per weight: the last of its adapters knows them all
         # Gradients may come within the step (closures), or go (zeroed by the optimizer itself).
-        stepped = dict.fromkeys([*before, *(held := _held(optimizer))[0]])
+        now, without = _held(optimizer)
+        stepped = dict.fromkeys([*before, *now])
         for layer_of, adapter_name in stepped:
             if (layer := layer_of()) is not None and (job := layer.stepped(adapter_name)) is not None:
                 jobs[job[0]] = job
         if jobs:
             write_together(jobs.values())
         # Most optimizers leave a parameter alone that has no gradient; those that estimate it themselves don't.
-        for layer_of, adapter_name in held[1]:
+        for layer_of, adapter_name in without:
             if (layer_of, adapter_name) not in stepped and (layer := layer_of()) is not None:
                 layer.doubted(adapter_name)
 

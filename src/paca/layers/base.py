@@ -85,9 +85,8 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
         if len(state.columns) != len(names) or (columns.unaccounted and names):
             return True
         for name, c in zip(names, state.columns, strict=True):
-            if c.name != name or columns.revisions.get(name, 0) != c.revision or self.folded.get(name) is not c.folded:
-                return True
-            if kept["paca_indices"]._buffers.get(name) is not c.indices:
+            moved = columns.revisions.get(name, 0) != c.revision or self.folded.get(name) is not c.folded
+            if c.name != name or moved or kept["paca_indices"]._buffers.get(name) is not c.indices:
                 return True
         return not (self.has(state) and state.unchanged() and columns.as_left(base._parameters.get("weight")))
 
@@ -102,7 +101,8 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
     def job(self, *, compare: bool = False) -> Job | None:
         """What is to be written, for `write_together`; `compare` if no version counter may show what changed."""
         base: Any = self._modules["base_layer"]
-        (columns := base.columns).check_writable(weight := base.weight)
+        columns, weight = base.columns, base.weight
+        columns.check_writable(weight)
         home = columns.home_to_write(weight)
         if type(weight) is not nn.Parameter and "weight" not in base._parameters:
             refuse_computed(self.active_adapters)
@@ -162,8 +162,7 @@ class PacaLayer(Moved, PeftCalls):  # a module first: FSDP2 makes subclasses of 
         if adapter_name not in self.paca_delta:
             return
         delta, dtype = self.paca_delta[adapter_name], self.base_layer.weight_placement()[1]
-        if autocast_adapter_dtype:
-            dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(dtype, torch.float32) if autocast_adapter_dtype else dtype
         if delta.dtype != dtype:
             self.paca_delta[adapter_name] = nn.Parameter(delta.data.to(dtype), requires_grad=delta.requires_grad)
             self.write()
