@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paca.comparison.own_keys import SEEDS
+from paca.comparison.own_keys import OWN, SEEDS
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 from paca.training.config.adapter_settings import config_type
@@ -239,10 +239,7 @@ def _from_file(name: str, path: Path, common: Sections) -> Method:
         section, _, key = setting.partition(".")
         if key in sections.get(section, {}):
             raise PacaError(f"{path}: {setting} comes from {flag}. Leave it out of the method's file.")
-    for setting, why in (
-        ("train.early_stopping_patience", "each run of a comparison makes all its steps"),
-        ("model.adapter", "the methods of a comparison all begin anew"),
-    ):
+    for setting, why in {**OWN, "model.adapter": "the methods of a comparison all begin anew"}.items():
         section, _, key = setting.partition(".")
         if sections.get(section, {}).get(key) is not None:
             raise PacaError(f"{path}: {setting} has no place in a method's file: {why}. Leave it out.")

@@ -11,18 +11,19 @@ from paca.training.config.strict_yaml import parse_value
 Sections = Mapping[str, Mapping[str, Any]]
 
 SEEDS = {"train.seed": "--seeds gives each run its own", "paca.random_seed": "PaCA's columns follow the run's --seeds"}
-_OWN = {
+OWN = {
     **SEEDS,
     "eval.after": "methods are compared by what is measured after training",
     "train.early_stopping_patience": "each run of a comparison makes all its steps",
 }
+"""Of each, why it has no effect."""
 _FOLDER = "each run has its own folder in --output"
 
 
 def without_own(sections: Sections) -> dict[str, dict[str, Any]]:
     """The same sections without these settings."""
     return {
-        name: {key: value for key, value in values.items() if f"{name}.{key}" not in _OWN}
+        name: {key: value for key, value in values.items() if f"{name}.{key}" not in OWN}
         for name, values in sections.items()
     }
 
@@ -37,7 +38,7 @@ def notes_on_own(sections: Sections) -> list[str]:
     if given.get("eval.after") is True:  # the default
         del given["eval.after"]
     return [
-        f"{key}: {_shown(given[key])} of the YAML has no effect: {why}." for key, why in _OWN.items() if key in given
+        f"{key}: {_shown(given[key])} of the YAML has no effect: {why}." for key, why in OWN.items() if key in given
     ]
 
 
@@ -55,7 +56,7 @@ def refuse_own(overrides: Iterable[str]) -> None:
         section, dot, key = name.strip().partition(".")
         values = {key: parse_value(text)} if dot else parse_value(text) or {}  # train={seed: 7}; full=null
         for key, value in values.items():
-            why = _FOLDER if section == "output" else _OWN.get(f"{section}.{key}")
+            why = _FOLDER if section == "output" else OWN.get(f"{section}.{key}")
             if why is not None and (section, key, value) != ("eval", "after", True):
                 instead = f", and give --seeds {value}" if f"{section}.{key}" in SEEDS and value is not None else ""
                 raise PacaError(f"--set {section}.{key} would change nothing: {why}. Leave it out{instead}.")

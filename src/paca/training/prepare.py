@@ -55,13 +55,13 @@ class PreparedRun:
     """The adapted model without weights, for what is foretold of its memory."""
 
 
-def describe(config: RunConfig, *, fetch: bool = False) -> Plan:
-    """What `config` will do; reads the data and the model's shapes, not its weights (arguments as of `prepare`).
+def describe(config: RunConfig) -> Plan:
+    """What `config` will do; reads the data and the model's shapes, not its weights.
 
     Raises:
         PacaError: The model or the data can't be found or read, or the settings don't fit them.
     """
-    return prepare(config, whole=False, fetch=fetch).plan
+    return prepare(config, whole=False).plan
 
 
 def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> PreparedRun:

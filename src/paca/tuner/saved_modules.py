@@ -24,7 +24,10 @@ def check_saved_modules(model: nn.Module, config: PacaConfig, *, tell: bool = Fa
     tensor of it, and where a new adapter's names are those of no module. With `tell`, warn of single such names."""
     shapes = config.shapes if config.reading else None
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = {wanted: any(f"base_model.model.{n}".endswith(wanted) for n in modules) for wanted in _wanted(config)}
+    names = {
+        wanted: any(f"base_model.model.{n}".endswith(wanted) for n in modules)
+        for wanted in config.modules_to_save or ()
+    }
     for wanted in names if shapes is not None else ():
         heads = _heads(config)
         either = heads if wanted in heads else {wanted}
@@ -52,10 +55,6 @@ def check_saved_modules(model: nn.Module, config: PacaConfig, *, tell: bool = Fa
                 raise ValueError(
                     f"The adapter has no tensor base_model.model.{name}.{tensor}, which its modules_to_save promises."
                 )
-
-
-def _wanted(config: PacaConfig) -> list[str]:
-    return list(dict.fromkeys(config.modules_to_save or ()))
 
 
 def _heads(config: PacaConfig) -> frozenset[str]:
