@@ -7,7 +7,9 @@ import gc
 import importlib
 import json
 import pkgutil
+import tempfile
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -29,11 +31,20 @@ HOW = ["from_pretrained", "trainable", "with its config", "beside another", "bes
 SHARED = {"attention_bias": True, "mlp_bias": True}
 
 
-def save(folder, **settings):
-    """An adapter in `folder`, with modules and embeddings that were saved whole."""
-    settings = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["up_proj"], **settings}
+@functools.cache
+def saved(targets, modules):
+    """The files of an adapter with embeddings, and perhaps modules, that were saved whole, but for its card."""
+    settings = {"target_modules": list(targets), "modules_to_save": modules and list(modules)}
     model = adapt(llama(**SHARED), task_type="CAUSAL_LM", **settings)
-    model.save_pretrained(folder, save_embedding_layers=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_embedding_layers=True)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix != ".md"}
+
+
+def save(folder, targets=("q_proj", "down_proj"), modules=("up_proj",)):
+    """Such an adapter in `folder`; gives its tensors."""
+    for name, content in saved(targets, modules).items():
+        (folder / name).write_bytes(content)
     return load_file(folder / ADAPTER)
 
 
@@ -378,7 +389,7 @@ def test_an_interrupt_while_an_adapter_is_put_in(monkeypatch, kind, beside, wher
 
 def test_columns_of_layers_that_the_adapter_has_not_are_there_at_once(tmp_path):
     """Loading parks all layers; those of the other adapter alone would stay so until the next pass."""
-    tensors = save(tmp_path, target_modules=["q_proj"], modules_to_save=None)
+    tensors = save(tmp_path, ("q_proj",), None)
     tensors[next(name for name in tensors if name.endswith("paca_delta"))].fill_(float("nan"))
     save_file(tensors, tmp_path / ADAPTER)
     model = adapt(llama(**SHARED), task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
