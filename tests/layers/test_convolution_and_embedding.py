@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import paca
+from fresh_compiler import fresh_compiler  # noqa: F401
 from layers.small_networks import NETWORKS, TARGETS, adapted_network, example, network
 from models import adapt, base_state
 from paca.layers import PacaConvolution, PacaEmbedding
@@ -252,12 +253,11 @@ def test_autocast_gives_the_stock_networks_output_and_trains(kind):
 # -- torch.compile ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_a_compiled_network_trains_as_the_eager_one_without_a_graph_break(kind, dtype, autocast_adapter_dtype):
-    torch._dynamo.reset()
-
     def run(compiled):
         config = paca.PacaConfig(r=2, paca_alpha=4, target_modules=TARGETS)
         model = peft.get_peft_model(network(kind, dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -280,9 +280,9 @@ def test_a_compiled_network_trains_as_the_eager_one_without_a_graph_break(kind, 
             torch.testing.assert_close(c, e, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @kinds
 def test_a_step_between_compiled_forward_and_backward_raises(kind):
-    torch._dynamo.reset()
     model = adapted_network(kind)
     compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
     optimizer = torch.optim.SGD(deltas(model), lr=0.05)
@@ -293,9 +293,9 @@ def test_a_step_between_compiled_forward_and_backward_raises(kind):
         second.backward()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @kinds
 def test_a_switch_between_compiled_forward_and_backward_raises(kind):
-    torch._dynamo.reset()
     model = adapted_network(kind)
     loss = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)(example(kind)).sum()
     with torch.no_grad(), model.disable_adapter():
@@ -304,9 +304,9 @@ def test_a_switch_between_compiled_forward_and_backward_raises(kind):
         loss.backward()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @kinds
 def test_a_compiled_network_under_autocast_and_without_gradients(kind):
-    torch._dynamo.reset()
     model, x = adapted_network(kind), example(kind)
     forward = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -316,8 +316,8 @@ def test_a_compiled_network_under_autocast_and_without_gradients(kind):
             assert torch.equal(forward(x), want)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_network_sends_gradients_to_its_input_and_biases():
-    torch._dynamo.reset()
     model = adapted_network("images")
     model.base_model.model.first.base_layer.bias.requires_grad_()
     x = example("images").requires_grad_()

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import paca
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS, gpt_oss, mixtral, qwen3_moe
+from fresh_compiler import fresh_compiler  # noqa: F401
 from models import adapt, base_state, llama, tokens
 from paca.layers import PacaExpertStack, paca_layers
 from reference import rounded_sum
@@ -215,6 +216,7 @@ def test_autocast_trains_float32_stacks():
         assert (got[name] - want).norm() / want.norm() < 0.05
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_experts_compute_the_same_over_steps_and_without_the_adapter():
     plain, other = (
         adapt(mixtral(num_hidden_layers=1).bfloat16(), target_parameters=STACKS, task_type="CAUSAL_LM")

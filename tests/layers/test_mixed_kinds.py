@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import paca
 from distributed.threads import check_at_once
 from expert_models import FAMILIES, IMPLEMENTATIONS, STACKS
+from fresh_compiler import fresh_compiler  # noqa: F401
 from layers.small_networks import NETWORKS, TARGETS, example, network
 from models import adapt, llama, tokens
 from paca.columns.resident import WRITING
@@ -434,13 +435,7 @@ def test_experts_that_get_tokens_of_unknown_samples_are_refused():
 # -- compiled models --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_dynamo():
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_convolutions_and_embeddings_run_mixed_batches_and_train_on_them():
     model, x = small_network("words"), samples("words")
     with torch.no_grad():
