@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -13,10 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import accelerate.utils.imports
 import accelerate.utils.memory
 import huggingface_hub.constants
+import jinja2
 import pytest
 import torch
+from accelerate.utils.imports import _is_package_available
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: what tests start would ignore Ctrl-C
@@ -35,10 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtestloop() -> None:
     """All that tests import is imported: the collector need not walk through it again, at 0.3 s each time.
 
-    Every training run collects once or more, and is not much longer than that.
+    Every training run collects once or more, and is not much longer than that. By itself it collects less often.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 20, 50)
     gc.enable()
 
 
@@ -93,10 +98,19 @@ def _without_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _without_collecting_before_each_run() -> Iterator[None]:
-    """accelerate looks for garbage among all objects as a run begins: 0.4 s, where all libraries are in memory."""
+def _without_what_libraries_do_anew_each_time() -> Iterator[None]:
+    """accelerate looks for garbage among all objects as a run begins: 0.4 s, where all libraries are in memory.
+
+    And it searches all folders of packages for each question whether one is installed, PEFT compiles the template of
+    its card for each adapter that is saved, and torch writes down for each seed who gave it, for a GPU that may come.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accelerate.utils.memory, "clear_device_cache", lambda garbage_collection=False: None)
+        patch.setattr(accelerate.utils.imports, "_is_package_available", functools.cache(_is_package_available))
+        patch.setattr(jinja2.Environment, "compile", functools.lru_cache(64)(jinja2.Environment.compile))
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None)
         yield
 
 
