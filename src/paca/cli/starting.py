@@ -4,11 +4,13 @@ takes seconds."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,22 @@ from paca.messages.shown import printable
 ON_A_FREE_MACHINE, ON_A_BUSY_ONE = "50000", "10000"
 
 
-def loading_libraries() -> AbstractContextManager[object]:
-    """A line on standard error for as long as the block runs, if that is a terminal."""
-    console = Console(stderr=True)
-    return console.status("Loading libraries ...") if console.is_terminal else nullcontext()
+@contextlib.contextmanager
+def loading_libraries() -> Iterator[None]:
+    """A line on standard error for as long as the block runs, if that is a terminal.
+
+    Garbage is not looked for in it, nor ever in what it leaves in memory: there is hardly any, and Python's collector
+    walks through all of it time and again. `paca merge` of a tiny model took 7.7 CPU seconds with that, 4.6 without.
+    """
+    console, collecting = Console(stderr=True), gc.isenabled()
+    gc.disable()
+    try:
+        with console.status("Loading libraries ...") if console.is_terminal else nullcontext():
+            yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def import_libraries() -> None:
