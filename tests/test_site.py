@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forked_process import run_forked
+
 ROOT = Path(__file__).parents[1]
 NOWHERE = "http://127.0.0.1:9"
+MKDOCS = "from mkdocs.__main__ import cli\ncli()"
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    environment = {**os.environ, "http_proxy": NOWHERE, "https_proxy": NOWHERE, "NO_MKDOCS_2_WARNING": "1"}
-    # Strict: a link that leads nowhere is an error. Not with --quiet: then mkdocs counts no warnings, and all is well.
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "NO_MKDOCS_2_WARNING": "1"}.items():
+            environment.setenv(name, value)
+        # Strict: a link that leads nowhere is an error. Not --quiet: then mkdocs counts no warnings, and all is well.
+        done = run_forked(MKDOCS, "build", "--strict", "--site-dir", folder, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return folder
 
