@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -71,15 +72,6 @@ def test_threads_that_import_it_and_peft_together_all_find_the_method() -> None:
     check(f"statements = {statements!r}", TOGETHER, REGISTERED)
 
 
-def test_it_waits_for_a_transformers_that_another_thread_imports_and_prints_nothing() -> None:
-    """Started from nothing: a fork has transformers already, and torchao, which leaves notes when it is imported."""
-    statements = ["import transformers", "import paca"]
-    script = joined(f"statements = {statements!r}", TOGETHER, REGISTERED)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout + done.stderr == ""
-
-
 def test_what_writes_a_line_where_cuda_is_missing_is_not_imported() -> None:
     check("""
         import sys, paca, paca.comparison.compare, paca.planning, paca.training
@@ -144,14 +136,21 @@ def test_the_program_makes_the_package_whole_when_its_work_begins() -> None:
     check(PROGRAM, REGISTERED)
 
 
-def test_a_process_that_the_program_spawns_imports_the_whole_package(tmp_path: Path) -> None:
-    script = tmp_path / "paca"
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """The program, and a process that it spawned: started from nothing, where threads import the package together.
+
+    A fork has transformers already, and torchao, which leaves notes when it is imported.
+    """
+    statements = ["import transformers", "import paca"]
+    script = tmp_path_factory.mktemp("spawning") / "paca"
     script.write_text(
         joined(
-            """
+            f"""
             import multiprocessing, sys
             from paca_command import main
             def child():
+                exec({joined(f"statements = {statements!r}", TOGETHER, REGISTERED)!r}, {{}})
                 import paca
                 sys.exit(paca.PacaConfig(r=3).r)
             if __name__ == "__main__":
@@ -166,5 +165,17 @@ def test_a_process_that_the_program_spawns_imports_the_whole_package(tmp_path: P
             """
         )
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_process_that_the_program_spawns_imports_the_whole_package(
+    spawned: subprocess.CompletedProcess[str],
+) -> None:
+    assert spawned.returncode == 0, spawned.stderr
+
+
+def test_it_waits_for_a_transformers_that_another_thread_imports_and_prints_nothing(
+    spawned: subprocess.CompletedProcess[str],
+) -> None:
+    assert re.fullmatch(r"paca \S+\n", spawned.stdout)  # the program's own line
+    assert spawned.stderr == ""
