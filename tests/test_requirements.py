@@ -31,7 +31,7 @@ for module in pkgutil.walk_packages(paca.__path__, "paca."):
 with open({told!r}, "w") as file:
     json.dump(missing, file)
 from paca_command import main
-sys.argv = ["paca", "train", {config!r}]
+sys.argv = ["paca", "train", {config!r}, "--set", "train.max_steps=2"]
 main()
 """
 
