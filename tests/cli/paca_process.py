@@ -1,6 +1,7 @@
 """Runs `paca` as a process: started from nothing, or forked from one that has the libraries in memory, 5 s sooner.
 
-Of each command at least one test starts it from nothing: only that shows what libraries print while they are imported.
+Tests of `train`, `evaluate` and of `chat` in a terminal start it from nothing: only that shows what libraries print
+while they are imported. The other commands import nothing else.
 """
 
 from __future__ import annotations

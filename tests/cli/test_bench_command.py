@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.paca_process import fresh_paca
+from cli.paca_process import forked_paca
 from paca.bench.rows import read_rows
 from paca.cli import app, main
 
@@ -24,7 +24,7 @@ TINY = shlex.split(
 def test_rows_become_tables_and_pictures(tmp_path: Path) -> None:
     rows, readme = tmp_path / "rows.csv", tmp_path / "README.md"
     readme.write_text("top\n<!-- bench:begin -->\n<!-- bench:end -->\nbottom\n")
-    done = fresh_paca(
+    done = forked_paca(
         "bench", *TINY, "--methods", "frozen,paca,lora", "--rounds", 3, "--measure", "time,saved", "--output", rows
     )
     assert done.returncode == 0, done.stderr

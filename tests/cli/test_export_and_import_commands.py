@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import paca_command
-from cli.paca_process import forked_paca, fresh_paca
+from cli.paca_process import forked_paca
 from paca.cli.export import _prompts_form
 from paca.pretrained.generation import load_for_generation
 from paca.pretrained.trainable_copy import copied_from
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Path) -> None:
-    done = fresh_paca("export", run, "--to", "lora", "--output", tmp_path / "lora")
+    done = forked_paca("export", run, "--to", "lora", "--output", tmp_path / "lora")
     assert done.returncode == 0, done.stderr
     assert (
         f"Written: {tmp_path / 'lora'} (LoRA, exact but for rounding: 14 layers of rank 5, each at scale 1)"
