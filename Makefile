@@ -8,16 +8,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_RUN := runs/demo
 # Three for two cores, as tests wait for processes. Neighbours go to one worker, which makes what they share once.
-PYTEST_ARGS ?= -n 3 --dist worksteal
+PYTEST_ARGS ?= -n 3 --dist worksteal -m "not slow"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test matrix sequences kills endurance families fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
+.PHONY: help install demo test slow matrix sequences kills endurance families fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        teach a small language model to write exact JSON, and show what changed"
 	@echo "make test        run the tests"
+	@echo "make slow        run those that take long, each marked with why: they compile, simulate, start programs"
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
 	@echo "make kills       kill runs, merges and exports 200 times, and compare what comes out (20 minutes)"
 	@echo "make endurance   2,000 steps on a tiny model, twice; every weight is compared after each"
@@ -56,9 +57,12 @@ demo: $(STAMP)
 	@$(BIN)/python -m demo.show
 
 test: $(STAMP)
-	@echo "About 8,000 tests; the first results come after a minute ..."
+	@echo "About 8,900 tests; the first results come after a minute ..."
 	@# Tests start processes by the hundred: what one of them compiles is kept for the others, whatever is set here.
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+slow: $(STAMP)
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m slow
 
 matrix: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support_matrix $(ROWS)

@@ -22,6 +22,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("hostile"))
 
 
+@pytest.mark.slow(reason="tries many cases")
 def test_every_adapter_loads_right_or_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bounded_process, strange_expressions):
         monkeypatch.setattr(module, "SECONDS", 0.1)

@@ -168,12 +168,14 @@ def spawned(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_a_process_that_the_program_spawns_imports_the_whole_package(
     spawned: subprocess.CompletedProcess[str],
 ) -> None:
     assert spawned.returncode == 0, spawned.stderr
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_it_waits_for_a_transformers_that_another_thread_imports_and_prints_nothing(
     spawned: subprocess.CompletedProcess[str],
 ) -> None:

@@ -9,6 +9,7 @@ from operation_sequences.interrupts_everywhere import interrupt_everywhere, oper
 from operation_sequences.subjects import SUBJECTS
 
 
+@pytest.mark.slow(reason="tries many cases")
 @pytest.mark.parametrize("kind", SUBJECTS)
 def test_sequences_of_operations_give_what_the_float64_model_says(kind):
     run(kind, sequences=15, operations=8, number=1, compiled=0.1 if kind == "words" else 0.0, shrink=False)

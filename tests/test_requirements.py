@@ -9,6 +9,7 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 import paca
@@ -56,6 +57,7 @@ def required() -> set[str]:
     return {name for name, _ in found}
 
 
+@pytest.mark.slow(reason="trains where nothing else is installed")
 def test_a_run_trains_where_only_what_is_required_is_installed(tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

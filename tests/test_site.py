@@ -11,6 +11,7 @@ from forked_process import run_forked
 
 ROOT = Path(__file__).parents[1]
 NOWHERE = "http://127.0.0.1:9"
+pytestmark = pytest.mark.slow(reason="builds the whole site")
 MKDOCS = "from mkdocs.__main__ import cli\ncli()"
 
 

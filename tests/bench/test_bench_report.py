@@ -75,6 +75,7 @@ def test_other_settings_get_a_table_of_their_own() -> None:
     assert text.count("### llama3-8b blocks, 4 layers of width 1024") == 2
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_pictures_are_drawn_for_ratios_and_lengths(tmp_path: Path) -> None:
     lengths = [
         row((1000.0 / seq,), metric="throughput", seq=seq, method=method)

@@ -17,6 +17,7 @@ from paca.bench.settings import BenchSettings
 from paca.messages.errors import PacaError
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_every_method_asked_for_has_rows_or_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no bitsandbytes
     wanted = settings(

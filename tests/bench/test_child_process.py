@@ -34,6 +34,7 @@ def test_a_kernel_that_keeps_its_peak_is_told_of(monkeypatch: pytest.MonkeyPatch
     assert ResidentSet().source == "resident set, peak since the process began"
 
 
+@pytest.mark.slow(reason="measures the memory of processes")
 def test_a_child_measures_grows_with_the_batch_and_is_stopped_above_its_budget() -> None:
     """One process, since each costs its imports."""
     wanted = settings(dtype="float32", measure=("max-seq",), memory=150 * MIB)

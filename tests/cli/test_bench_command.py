@@ -96,6 +96,7 @@ def test_every_command_of_the_scripts_is_accepted(script: str) -> None:
         assert sum(int(command[1]) for command in commands) <= 1800
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_the_script_for_a_gpu_runs_tiny_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, without the compiler and the parts that start processes: those take minutes."""
     rows = tmp_path / "gpu.csv"

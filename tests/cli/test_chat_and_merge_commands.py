@@ -69,6 +69,7 @@ def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_tools_are_told_to_the_model_and_what_they_say_is_answered(run: Path, tmp_path: Path) -> None:
     own = shutil.copytree(run, tmp_path / "own")
     template = own / "adapter" / "chat_template.jinja"
@@ -202,6 +203,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_session(run: Path) -> None:
     terminal = Terminal("chat", run, "--max-new-tokens", 90_000)
     shown = re.sub(r"\x1b\[[?\d]*[a-zA-Z]", "", terminal.wait_for(b"Ctrl-D").decode())

@@ -200,7 +200,7 @@ def test_who_stops_it_is_told_how_to_see_what_is_finished(
         (Path("out") / "runs" / str(number) / "summary.json").touch()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="starts the program anew")
 def test_what_two_processes_left_one_killed_and_one_stopped_the_same_command_finishes(
     workspace: Path, tmp_path: Path
 ) -> None:

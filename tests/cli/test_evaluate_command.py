@@ -103,6 +103,7 @@ def answers_in(database: Path) -> int:
         return 0
 
 
+@pytest.mark.slow(reason="starts the program anew")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_keeps_the_answers_and_says_how_to_go_on(
     workspace: Path, tmp_path: Path, number: signal.Signals
@@ -125,6 +126,7 @@ def test_a_signal_stops_keeps_the_answers_and_says_how_to_go_on(
     assert 0 < answers_in(database) < 3 * 1000
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_mt_bench_prints_ratings_and_what_the_judge_took(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PACA_JUDGE_KEY", "secret")
     rows = [{"question_id": n, "category": "maths", "turns": [f"{n}?", "Sure?"]} for n in range(4)]

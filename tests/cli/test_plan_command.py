@@ -62,6 +62,7 @@ def test_json_adds_up(base: Path) -> None:
     assert content["seconds_per_step"] == 0.97 * (content["flops_per_step"] / 2e12)  # lean blocks on a CPU
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_a_budget_finds_a_setting_that_fits(base: Path) -> None:
     # With recomputed MLPs alone: one technique to search.
     arguments = (str(base), "--seq", "256", "--global-batch", "2", "--loss", "full", "--recompute")
@@ -271,6 +272,7 @@ def test_the_table_of_a_simulation_is_whole_in_80_columns(width: int) -> None:
     assert " 6.17 " in again
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     data = tmp_path / "train.jsonl"

@@ -77,6 +77,7 @@ def test_the_way_out_of_an_unknown_device_works(base: str) -> None:
             plan(base, "--rate", "300", *option)
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_an_accelerator_is_planned_by_its_name_in_the_table() -> None:
     run = (GAUDI, "--set", "model.name=smollm2-135m", "--seq", "64")
     with pytest.raises(paca.PacaError, match=r"'hpu'.*leave it out.*--on gaudi2"):

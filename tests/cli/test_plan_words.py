@@ -26,6 +26,7 @@ def plan(*arguments: str) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_times_of_a_busy_machine_are_told_with_its_load(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (4.24, 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)

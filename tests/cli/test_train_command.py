@@ -37,6 +37,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_a_dry_run_shows_the_resolved_run_and_leaves_nothing(workspace: Path) -> None:
     done = fresh_paca("train", "config.yaml", "--dry-run", "--settings", "--set", "output.dir=dry", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
@@ -91,6 +92,7 @@ def test_a_dry_run_finds_held_out_data_that_cannot_be_scored(workspace: Path) ->
     assert "there are no options to choose from" in done.stderr
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace: Path) -> None:
     file = workspace / "full.yaml"
     sections = yaml.safe_load((workspace / "config.yaml").read_text())
@@ -129,6 +131,7 @@ def test_a_run_in_full_is_planned_trained_asked_and_written_elsewhere(workspace:
     )
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_a_real_interrupt_saves_and_the_resumed_run_ends_as_the_uninterrupted_one(
     workspace: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +193,7 @@ def in_two_processes(streams: Path, cwd: Path, *arguments: object) -> str:
     return "".join((streams / str(rank) / "stdout").read_text() for rank in range(2))
 
 
+@pytest.mark.slow(reason="trains in several processes")
 def test_two_processes_train_as_one_on_the_whole_batch_and_only_the_first_speaks(
     workspace: Path, tmp_path: Path
 ) -> None:

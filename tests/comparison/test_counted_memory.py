@@ -44,6 +44,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow(reason="measures the memory of processes")
 def test_the_same_run_has_the_same_peak(counted: dict[str, int]) -> None:
     assert counted["once"] == counted["again"]
 
@@ -52,6 +53,7 @@ def test_more_columns_take_more_and_weights_count(counted: dict[str, int]) -> No
     assert counted["weights"] < counted["once"] < counted["wide"]
 
 
+@pytest.mark.slow(reason="measures the memory of processes")
 def test_the_longest_batch_counts_wherever_it_comes(tmp_path: Path) -> None:
     """A few steps need not meet it: methods were called equal whose peaks differed by half."""
     save_workspace(tmp_path)

@@ -141,6 +141,7 @@ def ended(folder: Path) -> tuple[ComparisonResult, str]:
     return found, console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_a_search_cut_short_is_told_with_the_verdict_and_until_it_is_tried_again(tmp_path: Path) -> None:
     """The verdict said that paca is better, and only a note below that a rate of lora had not been tried."""
     name = "lora-lr0.009-seed0"

@@ -93,12 +93,14 @@ def close(one, other, rtol=1e-3, atol=1e-4):
             assert value == (other_value if other_value is None else pytest.approx(other_value, rel=1e-3))
 
 
+@pytest.mark.slow(reason="trains in several processes")
 def test_a_sharded_run_is_the_run_of_one_process(runs):
     close(runs / "one", runs / "sharded")
     assert "processes             2" in Path(f"{runs}/sharded-0.txt").read_text()
     assert "Warning" not in Path(f"{runs}/sharded-0.txt").read_text()
 
 
+@pytest.mark.slow(reason="trains in several processes")
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_a_sharded_run_resumes(runs, tmp_path, kind):
     settings = [*SHARDED[:-1], f"train.fsdp_config={{state_dict_type: {kind}, {SHARDED[-1].split('{')[1]}"]
@@ -125,6 +127,7 @@ def as_after_step_2(run, copy):
     return copy
 
 
+@pytest.mark.slow(reason="trains in several processes")
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     in_two = ["train.per_device_train_batch_size=2", *ONE[1:]]
     output = run_in_two(runs / "config.yaml", [*in_two, f"output.dir={tmp_path}/two"], tmp_path / "two", False, False)

@@ -436,6 +436,7 @@ def test_both_turns_of_base_and_adapter_are_answered_and_judged(loaded: LoadedMo
     assert results["difference"]["all"] == {"score": 0, "stderr": 0}  # the same grades
 
 
+@pytest.mark.slow(reason="scores a model several times")
 def test_answers_leave_room_for_the_second_turn_in_the_context(loaded: LoadedModel, tmp_path: Path) -> None:
     with judging(graded) as server:
         results = run_mt_bench(loaded, QUESTIONS[:1], judge_of(server), tmp_path / "default", Tally())

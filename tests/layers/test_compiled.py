@@ -54,6 +54,7 @@ def test_compiled_training_equals_eager_training(backend, kind, write_data):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.slow(reason="compiles")
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
 def test_a_language_model_compiles_whole_with_inductor():
     model = adapt(llama(num_hidden_layers=1), task_type="CAUSAL_LM")  # each layer takes 10 s of compilers
@@ -285,6 +286,7 @@ def test_a_copy_of_a_compiled_models_layers_finds_its_own_weight():
     torch.testing.assert_close(run(x), twin(x))
 
 
+@pytest.mark.slow(reason="compiles")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("mode", ["resident", "patched"])
 def test_a_copy_of_a_model_whose_linear_layers_are_compiled_in_place_computes_by_itself(mode, copied):
@@ -370,6 +372,7 @@ def test_layers_of_which_nothing_is_trained_break_no_graph(trained, recorded):
     assert got.requires_grad == (recorded and bool(trained))
 
 
+@pytest.mark.slow(reason="compiles")
 @pytest.mark.parametrize("whole", [True, False])
 def test_other_deltas_that_are_put_in_within_a_compiled_function_have_the_gradients(whole):
     """They were ignored, and the model's own deltas got the gradients."""
@@ -395,6 +398,7 @@ def test_other_deltas_that_are_put_in_within_a_compiled_function_have_the_gradie
         torch.compile(call, backend="aot_eager", fullgraph=True)(others, x)
 
 
+@pytest.mark.slow(reason="compiles")
 def test_calls_within_a_compiled_function_do_what_they_do_outside():
     """The compiler ended with an internal error, and left adapters half switched."""
     model, x = adapted_perceptron(), torch.randn(4, 7)

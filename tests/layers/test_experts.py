@@ -216,6 +216,7 @@ def test_autocast_trains_float32_stacks():
         assert (got[name] - want).norm() / want.norm() < 0.05
 
 
+@pytest.mark.slow(reason="compiles")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_experts_compute_the_same_over_steps_and_without_the_adapter():
     plain, other = (

@@ -121,6 +121,7 @@ def test_a_handler_at_any_line_changes_no_output_and_no_pretrained_weight(name: 
                 assert torch.equal(weight, STOCK[f"{layer}.weight"]), f"line {at}"
 
 
+@pytest.mark.slow(reason="tries many cases")
 def test_a_handler_that_unmerges_within_a_merge_loses_nothing() -> None:
     lines = interrupt(adapted(), merged, -1, passed)
     for at in range(1, lines, 5):

@@ -201,6 +201,7 @@ def test_state_is_not_shared_between_copies(tiny_model, run):
     assert_same_step(run(copy.deepcopy(model)), want, factor=0)
 
 
+@pytest.mark.slow(reason="compiles")
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2"])
 def test_compiles_without_graph_breaks_and_stays_lean(tiny_model, architecture, recompute):

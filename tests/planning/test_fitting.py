@@ -51,6 +51,7 @@ def test_with_room_enough_nothing_is_given_up(model: Any, device: Any, technique
     assert [candidate.setting.techniques() for candidate in found.candidates] == techniques
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_what_is_found_fits_and_the_next_larger_batch_does_not(model: Any) -> None:
     budget = total(model, batch_size=3, gradient_accumulation=2, lean=True)
     found = fit(model, BASE, memory=budget, global_batch=6, rate=fixed_rate(1e12))
@@ -63,6 +64,7 @@ def test_what_is_found_fits_and_the_next_larger_batch_does_not(model: Any) -> No
     assert total(model, batch_size=6, lean=True) > budget
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_batches_of_several_sequences_are_searched_with_a_mask() -> None:
     base = Setting(sequence_length=256, device="cuda")
     model = prepare_model(config("llama", **SHAPE | {"dtype": torch.bfloat16}), paca.PacaConfig(r=8))
@@ -170,6 +172,7 @@ def test_a_measured_rate_tells_the_load_of_a_busy_machine(
     assert measure_rate("cpu", torch.float32, features=32, seconds=0.02).load == told
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_the_time_of_lean_blocks_is_that_of_the_table() -> None:
     rate = fixed_rate(1e9)
     found = fit(config("llama"), Setting(64, lean=True, device="cpu"), memory=2**40, global_batch=4, rate=rate)

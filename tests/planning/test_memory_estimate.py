@@ -27,6 +27,7 @@ def planned(architecture: str = "llama", adapter: Any = PACA, **settings: Any) -
     return estimate(config(architecture, dtype=torch.bfloat16), setting, adapter)
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 @pytest.mark.parametrize(
     ("architecture", "options", "settings", "adapter"),
     [
@@ -61,6 +62,7 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(
     assert peak == pytest.approx(whole_peak, rel=0.001)
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 @pytest.mark.parametrize("length", [4, 24, 44])
 def test_a_few_blocks_tell_what_answers_of_the_whole_model_take(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where most is held, reading prompts or making the last token, depends on the depth."""
@@ -105,6 +107,7 @@ def test_an_evaluation_with_a_large_batch_makes_the_peak() -> None:
     assert (large.saved, large.flops) == (step.saved, step.flops)
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_a_cpu_keeps_programs_for_each_length_of_products_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     def programs(**settings: Any) -> int:
         return planned.__wrapped__(**settings).parts.get(PROGRAMS, 0) // PROGRAM_BYTES

@@ -133,6 +133,7 @@ def test_a_later_step_of_paca_writes_its_columns_all_together() -> None:
     assert sum(found.waits * count for found, count in timed().operators.items()) == 0
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_a_few_blocks_tell_the_time_of_all() -> None:
     setting = Setting(32, 2, device="cuda", chunked_loss=False)
     shape = config("llama", dtype=torch.bfloat16, num_hidden_layers=5)
@@ -170,6 +171,7 @@ def test_the_slower_of_device_and_host_counts() -> None:
     assert step_time({held: 1}, A100).device < step_time({moved: 1}, A100).device
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_methods_stand_beside_each_other() -> None:
     pytest.importorskip("bitsandbytes")
     model = prepare_model(config("llama", dtype=torch.bfloat16, num_hidden_layers=2))

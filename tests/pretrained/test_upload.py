@@ -143,6 +143,7 @@ def test_the_command_says_what_is_where_and_loads_no_torch(hub: Hub, run: Path) 
     assert set(hub.files["me/answers"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_a_run_is_pushed_when_it_is_finished(hub: Hub, config_file: Path, tmp_path: Path) -> None:  # noqa: F811
     settings = ["--set", f"output.dir={tmp_path / 'run'}", "--set", "train.max_steps=1"]
     status, output = paca("train", config_file, *settings, "--push-to-hub", "me/trained")

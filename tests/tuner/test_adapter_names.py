@@ -544,6 +544,7 @@ BEGINNING_AND_END = ["mixed_batch", "running", "begin", "split_by_adapter", "_en
 BEGINNING_AND_END += ["_take_out_hooks", "_enable_peft_forward_hooks", "__init__", "__enter__", "__exit__"]
 
 
+@pytest.mark.slow(reason="tries many cases")
 @torch.no_grad()
 def test_ctrl_c_where_a_mixed_batch_begins_or_ends_changes_no_later_pass():
     """Also in `contextlib`, and where the exception stays, as it does in a notebook: nothing is freed then."""

@@ -31,7 +31,7 @@ CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler
 MAIN = f"{CTRL_C}from paca_command import main; main()"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WAIT = 120_000  # ms, at most
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(reason="drives a browser")
 
 
 @pytest.fixture(scope="module")
