@@ -19,15 +19,11 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Who speaks, in the data sets that circulate as ShareGPT.
-_SPEAKERS = {
-    "system": "system",
+_SPEAKERS = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
     "observation": "tool",
 }
 
