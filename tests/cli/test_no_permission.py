@@ -40,7 +40,7 @@ def test_what_may_not_be_written_or_read_is_one_line(
     run, resumed, shut = tmp_path / "run", tmp_path / "resumed", tmp_path / "shut"
     for copy in (run, resumed):
         shutil.copytree(finished("train.save_steps=4").folder, copy)
-    for part in ("adapter", "checkpoints/checkpoint-10"):
+    for part in ("adapter", "checkpoints/checkpoint-6"):
         shutil.rmtree(resumed / part)
     (resumed / "summary.json").unlink()
     shut.mkdir()
@@ -52,7 +52,7 @@ def test_what_may_not_be_written_or_read_is_one_line(
     cases = {
         f"train {config_file} --set output.dir={shut}/run": rf"The run folder {shut}/run \(output.dir\) can't",
         f"train {config_file} --set output.dir={resumed} --set train.save_steps=4 --resume": (
-            rf"{resumed}/checkpoints/\S+ {here}\. .* checkpoint-8"
+            rf"{resumed}/checkpoints/\S+ {here}\. .* checkpoint-4"
         ),
         f"merge {run} --output {shut}/merged": f"{shut} cannot be written to: .*Permission denied",
         f"export {run} --to lora --output {shut}/lora": f"{shut} cannot be written to: .*Permission denied",

@@ -13,7 +13,7 @@ from rich.console import Console
 from paca.training import RunResult, load_run_config, train
 from paca.training import run as run_module
 from paca.training.reporting import report
-from training.tiny_run import place_of_curve, place_of_curves, save_workspace
+from training.tiny_run import QUICK, place_of_curve, place_of_curves, save_workspace
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +31,11 @@ def bare_runs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A config whose run takes about a second; tests give it an `output.dir` of their own."""
+    """A config whose run takes half a second; tests give it an `output.dir` of their own."""
     folder = tmp_path_factory.mktemp("workspace")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets-cache")
-        yield save_workspace(folder)
+        yield save_workspace(folder, QUICK)
 
 
 @pytest.fixture(scope="session")

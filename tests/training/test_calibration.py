@@ -25,6 +25,7 @@ from tiny_checkpoint import byte_tokenizer
 from training.tiny_run import adapter
 
 SMALL = ["calibration.sequences=6", "calibration.max_length=24", "calibration.batch_size=4", "train.max_steps=2"]
+SMALL += ["data.eval=null"]  # nobody looks at the losses
 
 
 @pytest.fixture

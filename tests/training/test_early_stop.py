@@ -18,7 +18,7 @@ from training.test_run import Runner, run  # noqa: F401 - the second is a fixtur
 from training.tiny_run import rows, same_adapter
 
 # The highest loss counts as the best one, which is the first: at step 2 of 10.
-WORSE = ("train.greater_is_better=true", "train.metric_for_best_model=loss")
+WORSE = ("train.max_steps=10", "train.greater_is_better=true", "train.metric_for_best_model=loss")
 PATIENT = ("train.early_stopping_patience=2", *WORSE)
 
 
@@ -28,53 +28,66 @@ def steps_of(folder: Path) -> list[int]:
 
 def test_it_ends_after_so_many_evaluations_without_a_better_one(
     run: Runner,  # noqa: F811
+    finished: Runner,
     tmp_path: Path,
 ) -> None:
-    result = run("early", *PATIENT)
+    result = finished(*PATIENT)
     assert result.summary is not None
     assert result.summary["steps"] == 6
-    assert steps_of(tmp_path / "early") == [0, 2, 4, 6]
-    best = next(row["eval_loss"] for row in rows(tmp_path / "early") if row["step"] == 2 and "eval_loss" in row)
+    assert steps_of(result.folder) == [0, 2, 4, 6]
+    best = next(row["eval_loss"] for row in rows(result.folder) if row["step"] == 2 and "eval_loss" in row)
     assert result.summary["eval_loss_after"] == best
     assert result.summary["kept_step"] == 2
     for name, value in result.summary["metrics"].items():
-        until = [row[name] for row in rows(tmp_path / "early") if row["step"] <= 2 and row.get(name) is not None]
+        until = [row[name] for row in rows(result.folder) if row["step"] <= 2 and row.get(name) is not None]
         assert value == until[-1], name
     shown = io.StringIO()
     show_result(result, Console(file=shown, width=200))
     assert "(the weights of step 2, the best, are kept)" in shown.getvalue()
-    run("best", "train.max_steps=10", "train.load_best_model_at_end=true", *WORSE)
-    assert same_adapter(tmp_path / "early", tmp_path / "best")
+    run("best", "train.load_best_model_at_end=true", *WORSE)
+    assert same_adapter(result.folder, tmp_path / "best")
 
 
-def test_it_goes_on_while_evaluations_are_better(run: Runner, tmp_path: Path) -> None:  # noqa: F811
+def test_it_goes_on_while_evaluations_are_better(
+    run: Runner,  # noqa: F811
+    finished: Runner,
+    tmp_path: Path,
+) -> None:
     result = run("whole", "train.early_stopping_patience=1")
     assert result.summary is not None
-    assert result.summary["steps"] == 10
-    run("plain")
-    assert same_adapter(tmp_path / "whole", tmp_path / "plain")
+    assert result.summary["steps"] == 6
+    assert same_adapter(tmp_path / "whole", finished().folder)
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_a_stopped_one_ends_where_it_would_have(stop: int, run: Runner, tmp_path: Path) -> None:  # noqa: F811
-    whole = run("whole", *PATIENT)
+def test_a_stopped_one_ends_where_it_would_have(
+    stop: int,
+    run: Runner,  # noqa: F811
+    finished: Runner,
+    tmp_path: Path,
+) -> None:
+    whole = finished(*PATIENT)
     assert run("parts", *PATIENT, stop_at=stop).resume_command is not None
     parts = run("parts", *PATIENT, resume=True)
     assert whole.summary is not None
     assert parts.summary is not None
     assert parts.summary["steps"] == whole.summary["steps"] == 6
-    assert same_adapter(tmp_path / "whole", tmp_path / "parts")
+    assert same_adapter(whole.folder, tmp_path / "parts")
 
 
-def test_one_that_died_as_it_had_ended_makes_no_further_step(run: Runner, tmp_path: Path) -> None:  # noqa: F811
-    run("died", *PATIENT)
-    shutil.copytree(tmp_path / "died" / "adapter", tmp_path / "whole" / "adapter")
+def test_one_that_died_as_it_had_ended_makes_no_further_step(
+    run: Runner,  # noqa: F811
+    finished: Runner,
+    tmp_path: Path,
+) -> None:
+    whole = finished(*PATIENT).folder
+    shutil.copytree(whole, tmp_path / "died")
     (tmp_path / "died" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "died" / "adapter")
     again = run("died", *PATIENT, resume=True)
     assert again.summary is not None
     assert again.summary["steps"] == 6
-    assert same_adapter(tmp_path / "whole", tmp_path / "died")
+    assert same_adapter(whole, tmp_path / "died")
 
 
 @pytest.mark.parametrize(

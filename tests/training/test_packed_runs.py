@@ -18,7 +18,13 @@ from training.tiny_run import adapter
 def test_a_packed_run_makes_the_steps_that_its_plan_told(
     config_file: Path, finished: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    packed = ["train.max_steps=-1", "train.num_train_epochs=2", "train.packing=true", "train.max_length=48"]
+    packed = [
+        "data.limit=20",
+        "train.max_steps=-1",
+        "train.num_train_epochs=2",
+        "train.packing=true",
+        "train.max_length=48",
+    ]
     packed += ["train.gradient_accumulation_steps=1", f"train.per_device_train_batch_size={size}"]
     plan, summary = describe(load_run_config(config_file, packed)), finished(*packed).summary
     assert summary is not None
@@ -30,7 +36,7 @@ def test_a_packed_run_makes_the_steps_that_its_plan_told(
     assert plan.tokens_per_step == round(size * each)
     assert lines["tokens per step"].startswith(f"about {plan.tokens_per_step} ({size} sequence")
     assert "warmup_steps" not in plan.own_defaults or plan.own_defaults["warmup_steps"] == plan.steps * 3 // 100
-    monkeypatch.setattr(sample, "SAMPLED", 30)
+    monkeypatch.setattr(sample, "SAMPLED", 10)
     guess = describe(load_run_config(config_file, packed))
     assert guess.steps is None
     assert re.fullmatch(r"about \d+, known once all of the data is packed", dict(guess.lines())["steps"])

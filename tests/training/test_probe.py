@@ -18,6 +18,8 @@ from paca.training.folder.run_folder import RunFolder
 from paca.training.trainers.sft import Sft
 from training.tiny_run import curve, same_adapter
 
+ACCUMULATED = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2")
+
 
 def run(config_file: Path, folder: Path, *overrides: str, **options: Any) -> tuple[RunResult, str]:
     output = io.StringIO()
@@ -68,7 +70,11 @@ def assert_equal(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [(), ("model.lean=true", "model.recompute=mlp", "train.neftune_noise_alpha=5"), ("train.factor_rank=2",)],
+    [
+        (),
+        ("model.lean=true", "model.recompute=mlp", "train.neftune_noise_alpha=5", *ACCUMULATED),
+        ("train.factor_rank=2",),
+    ],
 )
 def test_a_probed_run_is_the_same_run_bit_for_bit(
     config_file: Path, finished: Callable[..., RunResult], tmp_path: Path, settings: tuple[str, ...]
@@ -88,7 +94,7 @@ def test_a_probed_run_is_the_same_run_bit_for_bit(
 
 
 def test_the_longest_batch_comes_first(config_file: Path, tmp_path: Path, passes: list[tuple[int, ...]]) -> None:
-    _, output = run(config_file, tmp_path / "run", "train.max_steps=8", probe=True)
+    _, output = run(config_file, tmp_path / "run", "train.max_steps=8", *ACCUMULATED, probe=True)
     probe, trained = passes[:2], passes[2:]  # two passes: gradients accumulate
     assert len(trained) == 16  # one epoch
     assert probe[0] == probe[1] == (2, max(length for _, length in trained))
@@ -99,20 +105,19 @@ def test_the_longest_batch_comes_first(config_file: Path, tmp_path: Path, passes
 def test_without_accumulation_one_pass_is_enough(
     config_file: Path, tmp_path: Path, passes: list[tuple[int, ...]]
 ) -> None:
-    settings = ("train.max_steps=1", "train.gradient_accumulation_steps=1")
-    run(config_file, tmp_path / "run", *settings, probe=True)
+    run(config_file, tmp_path / "run", "train.max_steps=1", probe=True)
     assert len(passes) == 2
 
 
-def test_a_run_goes_on_after_a_probe(config_file: Path, tmp_path: Path) -> None:
-    settings = ("train.save_steps=5", "train.save_total_limit=5")
-    run(config_file, tmp_path / "whole", *settings)
+def test_a_run_goes_on_after_a_probe(config_file: Path, finished: Callable[..., RunResult], tmp_path: Path) -> None:
+    settings = ("train.save_steps=3",)
+    whole = finished(*settings).folder
     run(config_file, tmp_path / "parts", *settings, probe=True)
-    for name in ("summary.json", "checkpoints/checkpoint-10/trainer_state.json"):
+    for name in ("summary.json", "checkpoints/checkpoint-6/trainer_state.json"):
         (tmp_path / "parts" / name).unlink()
     run(config_file, tmp_path / "parts", *settings, probe=True, resume=True)
-    assert same_adapter(tmp_path / "whole", tmp_path / "parts")
-    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+    assert same_adapter(whole, tmp_path / "parts")
+    assert curve(whole) == curve(tmp_path / "parts")
 
 
 def test_a_batch_that_does_not_fit_is_told_before_the_first_step(
@@ -123,11 +128,11 @@ def test_a_batch_that_does_not_fit_is_told_before_the_first_step(
         run(config_file, tmp_path / "run", probe=True)
     message = str(caught.value)
     assert len(passes) == 1
-    assert message.startswith(f"The longest batch (2 x {passes[0][1]} tokens) does not fit into memory.")
+    assert message.startswith(f"The longest batch (8 x {passes[0][1]} tokens) does not fit into memory.")
     assert says_out_of_memory(message)
     for remedy in (
         "model.lean=true",
-        "per_device_train_batch_size (now 2,",
+        "per_device_train_batch_size (now 8,",
         "model.recompute=mlp",
         "max_length (now 128)",
     ):

@@ -28,8 +28,8 @@ def run(config_file: Path, folder: Path, *overrides: str) -> Path:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
-def test_a_run_trains_saves_chats_and_merges(quantization, config_file, tmp_path):
-    folder = run(config_file, tmp_path / "run", f"model.quantization={quantization}")
+def test_a_run_trains_saves_chats_and_merges(quantization, finished, tmp_path):
+    folder = finished(f"model.quantization={quantization}").folder
     losses = [row["eval_loss"] for row in rows(folder) if row.get("eval_loss") is not None]
     assert losses[-1] < losses[0]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -76,7 +76,7 @@ def test_an_unknown_quantization_names_the_known_ones(config_file):
 def test_lora_trains_on_quantized_weights_resumes_and_merges(quantization, config_file, tmp_path, monkeypatch):
     sections = yaml.safe_load(config_file.read_text())
     sections |= {"lora": {"r": 4}, "model": {**sections["model"], "quantization": quantization}}
-    sections["train"]["max_steps"] = 4
+    sections["train"] |= {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     del sections["paca"]
     file = tmp_path / "lora.yaml"
     file.write_text(yaml.safe_dump(sections))

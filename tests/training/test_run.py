@@ -59,7 +59,7 @@ def run(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     return start
 
 
-def base_loss(config_file: Path, batch_size: int = 4) -> float:
+def base_loss(config_file: Path, batch_size: int = 8) -> float:
     """The held-out loss of the base model in float64, as the trainer means it: a mean over batches of token means."""
     config = load_run_config(config_file)
     model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float64).eval()
@@ -94,7 +94,7 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert summary == result.summary
     assert summary["eval_loss_before"] == pytest.approx(base_loss(config_file), rel=1e-5)  # float32 against float64
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.05
-    assert (summary["steps"], summary["epochs"]) == (10, 1.25)
+    assert (summary["steps"], summary["epochs"]) == (6, 1.5)
     assert summary["data"]["train_examples"] == 32
     assert summary["data"]["eval_examples"] == 8
     assert summary["trainable_parameters"] == sum(
@@ -120,9 +120,9 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert "More Information Needed" not in card
     assert not list((folder / "checkpoints").rglob("README.md"))  # templates of TRL and PEFT, not filled in
     training_rows = [row for row in rows(folder) if "loss" in row]
-    assert [row["step"] for row in training_rows] == list(range(1, 11))
+    assert [row["step"] for row in training_rows] == list(range(1, 7))
     assert training_rows[-1]["tokens"] == summary["tokens"]
-    assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6, 8, 10]
+    assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [0, 2, 4, 6]
 
 
 def test_the_tokenizer_can_come_from_elsewhere(run: Runner, tmp_path: Path, config_file: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_adapter_gives_the_loss_that_was_reported(run: Runner, finished: Run
 
 
 def test_the_resolved_config_runs_again_to_the_same_weights(run: Runner, tmp_path: Path) -> None:
-    run("a", "train.max_steps=4")
+    run("a", "train.max_steps=2")
     resolved = load_run_config(tmp_path / "a" / "config.yaml", [f"output.dir={tmp_path / 'b'}"])
     train(resolved, console=Console(quiet=True))
     assert same_adapter(tmp_path / "a", tmp_path / "b")
@@ -168,19 +168,20 @@ def test_the_resolved_config_runs_again_to_the_same_weights(run: Runner, tmp_pat
     assert first.replace(str(tmp_path / "a"), str(tmp_path / "b")) == second
 
 
+ACCUMULATED = ["train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
 TWO_EPOCHS = ["train.num_train_epochs=2", "train.max_steps=-1", "train.eval_strategy=epoch"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "stops", "number"),
     [
-        ([], [3], signal.SIGTERM),
-        ([], [8, 9], signal.SIGINT),  # 8 ends an epoch; stopped again in the next one
-        (["train.eval_strategy=epoch"], [10], signal.SIGINT),  # no step is left, only the last evaluation
-        ([*TWO_EPOCHS, "train.save_strategy=epoch"], [5], signal.SIGINT),
-        ([*TWO_EPOCHS, "train.save_steps=3"], [8], signal.SIGINT),
-        (["paca.rotate_every=3"], [4, 6], signal.SIGINT),  # 6: the columns change with the next step
-        (["train.factor_rank=2"], [4], signal.SIGINT),
+        (ACCUMULATED, [3], signal.SIGTERM),
+        ([], [4, 5], signal.SIGINT),  # 4 ends an epoch; stopped again in the next one
+        (["train.eval_strategy=epoch"], [6], signal.SIGINT),  # no step is left, only the last evaluation
+        ([*TWO_EPOCHS, "train.save_strategy=epoch"], [3], signal.SIGINT),
+        ([*TWO_EPOCHS, "train.save_steps=3"], [4], signal.SIGINT),
+        (["paca.rotate_every=2"], [3, 4], signal.SIGINT),  # 4: the columns change with the next step
+        (["train.factor_rank=2"], [3], signal.SIGINT),
     ],
     ids=["inside an epoch", "twice", "at the end", "epochs", "at an epoch's evaluation", "rotating", "factors"],
 )
@@ -209,7 +210,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     for name in ("eval_loss_before", "eval_loss_after", "steps", "tokens", "epochs"):
         assert whole.summary[name] == parts.summary[name]
     ranks = {tensor.shape[1] for name, tensor in adapter(tmp_path / "parts").items() if name.endswith("paca_delta")}
-    assert ranks == ({16} if overrides == ["paca.rotate_every=3"] else {4})
+    assert ranks == ({12} if overrides == ["paca.rotate_every=2"] else {4})
 
 
 def test_factors_have_the_rank_that_the_file_says(finished: Runner) -> None:
@@ -230,23 +231,23 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(run: Runner, finished:
     for name in ("summary.json", "report.html"):
         (tmp_path / "died" / name).unlink()
     shutil.rmtree(tmp_path / "died" / "adapter")
-    (tmp_path / "died" / "checkpoints" / "checkpoint-10" / "trainer_state.json").write_text("{")  # cut short
+    (tmp_path / "died" / "checkpoints" / "checkpoint-6" / "trainer_state.json").write_text("{")  # cut short
     run("died", resume=True)
     assert same_adapter(whole, tmp_path / "died")
     assert curve(whole) == curve(tmp_path / "died")
 
 
 def test_losses_between_two_logs_are_not_lost_in_a_checkpoint(run: Runner, finished: Runner, tmp_path: Path) -> None:
-    run("a", "train.logging_steps=5", stop_at=3)
-    run("a", "train.logging_steps=5", resume=True)
+    run("a", "train.logging_steps=4", stop_at=3)
+    run("a", "train.logging_steps=4", resume=True)
     each = {row["step"]: row["loss"] for row in rows(finished().folder) if "loss" in row}
-    assert list(each) == list(range(1, 11))
+    assert list(each) == list(range(1, 7))
     logged = [(row["step"], row["loss"]) for row in rows(tmp_path / "a") if "loss" in row]
     previous = 0
     for step, loss in logged:
         assert loss == pytest.approx(sum(each[s] for s in range(previous + 1, step + 1)) / (step - previous), rel=1e-5)
         previous = step
-    assert previous == 10
+    assert previous == 6
     assert 3 in dict(logged)
 
 
@@ -264,18 +265,19 @@ def test_a_second_signal_stops_at_once(run: Runner, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_run_is_not_continued_under_other_settings(run: Runner) -> None:
-    run("a", stop_at=3)
+    run("a", "train.max_steps=2", stop_at=1)
     with pytest.raises(PacaError, match=r"train\.learning_rate: 0\.01 → 0\.5"):
-        run("a", "train.learning_rate=0.5", resume=True)
-    assert run("a", "train.save_total_limit=1", resume=True).summary is not None
+        run("a", "train.max_steps=2", "train.learning_rate=0.5", resume=True)
+    assert run("a", "train.max_steps=2", "train.save_total_limit=1", resume=True).summary is not None
 
 
 def test_a_run_records_which_model_it_was_trained_on(
     run: Runner, tmp_path: Path, config_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = shutil.copytree(load_run_config(config_file).model.name, tmp_path / "base-model")
-    run("a", f"model.name={base}", stop_at=3)
-    assert run("a", f"model.name={base}", resume=True).summary is not None  # with that record
+    settings = (f"model.name={base}", "train.max_steps=2")
+    run("a", *settings, stop_at=1)
+    assert run("a", *settings, resume=True).summary is not None  # with that record
     load_for_generation(tmp_path / "a")
     assert caplog.text.count("is not the one that the adapter in") == 0
     file = base / "model.safetensors"
@@ -377,25 +379,28 @@ def test_the_best_model_is_found_again_in_a_folder_that_was_moved(run: Runner, t
     assert same_adapter(tmp_path / "whole", tmp_path / "moved")
 
 
-def test_a_run_that_saves_at_its_best_stops_with_a_checkpoint_where_it_is_not(run: Runner, tmp_path: Path) -> None:
+def test_a_run_that_saves_at_its_best_stops_with_a_checkpoint_where_it_is_not(
+    run: Runner, finished: Runner, tmp_path: Path
+) -> None:
     best = ["train.save_strategy=best", "train.greater_is_better=true"]  # of the loss, where nothing is said
-    run("whole", *best)
+    whole = finished(*best).folder
     stopped = run("stopped", *best, stop_at=4)  # where it is evaluated, and the highest loss was at step 2
     assert stopped.resume_command is not None
     assert stopped.saved
     assert (tmp_path / "stopped" / "checkpoints" / "checkpoint-4" / "whole.json").is_file()
     run("stopped", *best, resume=True)
-    assert same_adapter(tmp_path / "whole", tmp_path / "stopped")
+    assert same_adapter(whole, tmp_path / "stopped")
 
 
 def test_a_stopped_run_says_whether_it_can_go_on_from_there(run: Runner) -> None:
-    assert not run("only-weights", "train.save_only_model=true", stop_at=3).saved  # without the optimizer
-    assert run("whole", stop_at=3).saved
+    settings = ("train.max_steps=2", "data.eval=null")
+    assert not run("only-weights", *settings, "train.save_only_model=true", stop_at=1).saved  # without the optimizer
+    assert run("whole", *settings, stop_at=1).saved
 
 
 def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, config_file: Path) -> None:
     epoch = ["train.max_steps=-1", "train.num_train_epochs=1"]
-    epoch += ["train.gradient_accumulation_steps=1", "train.per_device_train_batch_size=1"]
+    epoch += ["data.limit=20", "train.per_device_train_batch_size=1"]
     packed, plain = run("packed", *epoch, "train.packing=true"), run("plain", *epoch)
     assert packed.summary is not None
     assert plain.summary is not None
@@ -521,15 +526,16 @@ def test_a_step_has_no_more_examples_than_there_are(config_file: Path) -> None:
 
 
 def test_the_plan_counts_as_the_run_does(run: Runner, config_file: Path) -> None:
-    overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=3"]
+    overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=5"]
+    overrides.append("train.gradient_accumulation_steps=2")
     plan = describe(load_run_config(config_file, overrides))
     result = run("a", *overrides)
     assert result.summary is not None
-    assert plan.steps == result.summary["steps"] == 12
+    assert plan.steps == result.summary["steps"] == 8
     assert plan.trainable_parameters == result.summary["trainable_parameters"]
     assert plan.parameters == result.summary["model"]["parameters"]
-    assert plan.sequences_per_step == 6
-    assert plan.tokens_per_step == round(6 * result.summary["tokens"] / (2 * 32))
+    assert plan.sequences_per_step == 10
+    assert plan.tokens_per_step == round(10 * result.summary["tokens"] / (2 * 32))
     assert plan.targets == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -545,17 +551,17 @@ def test_a_gguf_model_leaves_a_base_that_the_adapter_names(
     mergeable_base: Path,  # noqa: F811
 ) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", mergeable_base)
-    result = run("a", f"model.name={source}", "train.max_steps=4", stop_at=2)
+    result = run("a", f"model.name={source}", "train.max_steps=2", stop_at=1)
     assert result.resume_command is not None
     base = tmp_path / "a" / "base"
     written = (base / "model.safetensors").stat().st_mtime_ns
-    result = run("a", f"model.name={source}", "train.max_steps=4", resume=True)
+    result = run("a", f"model.name={source}", "train.max_steps=2", resume=True)
     assert (base / "model.safetensors").stat().st_mtime_ns == written
     assert result.summary is not None
     assert result.summary["model"]["source"] == "gguf"
     settings = json.loads((tmp_path / "a" / "adapter" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base)
-    run("whole", f"model.name={source}", "train.max_steps=4")
+    run("whole", f"model.name={source}", "train.max_steps=2")
     assert same_adapter(tmp_path / "a", tmp_path / "whole")
     assert (tmp_path / "whole" / "base" / "model.safetensors").samefile(base / "model.safetensors")
 

@@ -18,7 +18,7 @@ from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, load_run_config, train
 
 TOKENS = torch.arange(2, 26).reshape(2, 12)
-QUICK = ("train.max_steps=8", "eval.before=false", "eval.after=false")
+QUICK = ("train.max_steps=4", "eval.before=false", "eval.after=false")
 
 
 def blocks(adapter: Path, language: str) -> list[str]:
@@ -65,7 +65,7 @@ def test_it_loads_the_base_model_quantized_as_it_was(config_file: Path, tmp_path
     card = (tmp_path / "run/adapter/README.md").read_text()
     assert "float32, quantized to int8)" in card
     assert "\n- r = 4, lora_alpha = 8\n" in card  # and nothing that PEFT has by default
-    assert "`max_steps` | 8 |" in card
+    assert "`max_steps` | 4 |" in card
     assert " tokens (1 epoch)." in card
     assert "num_train_epochs" not in card  # which it would have taken without max_steps
     check_code(tmp_path / "run" / "adapter")

@@ -19,14 +19,14 @@ from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, load_run_config, train
 from paca.training.reporting.scores import score_lines
-from training.tiny_run import save_workspace
+from training.tiny_run import QUICK, save_workspace
 
 CHOICE = ("eval.metric=choice", "data.eval=4", "train.max_steps=3")
 
 
 def trained(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> RunResult:
     """A run on these records."""
-    config = save_workspace(folder)
+    config = save_workspace(folder, QUICK)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:6]))
     loaded = load_run_config(config, [f"output.dir={folder / 'run'}", *overrides])
@@ -68,7 +68,7 @@ def test_whoever_waits_for_scores_is_told_how_many_there_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(counted, "_SECONDS_BETWEEN_LINES", -1)
-    config = save_workspace(tmp_path)
+    config = save_workspace(tmp_path, QUICK)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
     settings = ("eval.metric=exact_match", "eval.max_new_tokens=2", "data.eval=3", "train.max_steps=1")
     train_command(config, set_=[f"output.dir={tmp_path / 'run'}", *settings])
@@ -162,7 +162,7 @@ def test_the_adapter_is_there_when_scoring_fails(tmp_path: Path, monkeypatch: py
 
 
 def test_a_metric_needs_a_scorer(tmp_path: Path) -> None:
-    config = load_run_config(save_workspace(tmp_path), ["eval.metric=loss"])
+    config = load_run_config(save_workspace(tmp_path, QUICK), ["eval.metric=loss"])
     with pytest.raises(PacaError, match=r"go together: train\(config, scorer=own_data.scorer\(config.eval\)\)"):
         train(config, console=Console(quiet=True))
 
