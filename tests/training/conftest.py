@@ -8,11 +8,14 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from rich.console import Console
 
 from paca.training import RunResult, load_run_config, train
 from paca.training import run as run_module
 from paca.training.reporting import report
+from training.method_runs import answers_of_trained, write_config
+from training.method_runs import run as run_and_score
 from training.tiny_run import QUICK, place_of_curve, place_of_curves, save_workspace
 
 
@@ -46,5 +49,24 @@ def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def run(*overrides: str) -> RunResult:
         folder = tmp_path_factory.mktemp("finished") / "run"
         return train(load_run_config(config_file, [f"output.dir={folder}", *overrides]), console=Console(quiet=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_by(
+    config_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[RunResult, torch.Tensor]]:
+    """Trains with a method of `method_runs`, probed, once for all tests: they leave its folder as it is.
+
+    With what the trained model answers in memory.
+    """
+
+    @functools.cache
+    def run(method: str) -> tuple[RunResult, torch.Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            answers = answers_of_trained(patch)
+            file = write_config(config_file, tmp_path_factory.mktemp("finished") / "run", method)
+            return run_and_score(file, probe=True), answers[-1]
 
     return run

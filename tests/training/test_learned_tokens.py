@@ -24,12 +24,13 @@ from paca.training import describe, load_run_config
 from paca.training.context_tuning import train_on_context
 from paca.training.learned_tokens import check_learned_tokens
 from paca.training.sharding import check_sharding
-from training.test_run_methods import ADD_TO_THE_INPUT, run, write_config
+from training.method_runs import LEARN_TOKENS, write_config
+from training.test_run_methods import FinishedBy
 
 
-@pytest.mark.parametrize("method", ADD_TO_THE_INPUT)
-def test_what_is_loaded_answers_as_what_was_trained(method: str, config_file: Path, tmp_path: Path) -> None:
-    result = run(write_config(config_file, tmp_path / "run", method))
+@pytest.mark.parametrize("method", LEARN_TOKENS)
+def test_what_is_loaded_answers_as_what_was_trained(method: str, finished_by: FinishedBy) -> None:
+    result, _ = finished_by(method)
     loaded = load_for_generation(result.folder)
     assert result.summary is not None
     config = config_of_run(result.folder)
@@ -97,11 +98,9 @@ def test_what_would_leave_out_what_is_learned_is_refused(
 
 
 @pytest.mark.parametrize("method", ["p_tuning", "prefix_tuning-projected"])
-def test_the_loss_before_training_is_that_of_the_model_as_it_came(
-    method: str, config_file: Path, tmp_path: Path
-) -> None:
+def test_the_loss_before_training_is_that_of_the_model_as_it_came(method: str, finished_by: FinishedBy) -> None:
     """What is learned begins at random: a run that left the model worse was told as one that made it better."""
-    learned, plain = (run(write_config(config_file, tmp_path / name, name)).summary for name in (method, "lora"))
+    learned, plain = (finished_by(name)[0].summary for name in (method, "lora"))
     assert learned is not None
     assert plain is not None
     assert learned["eval_loss_before"] == pytest.approx(plain["eval_loss_before"], rel=1e-6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from paca.messages.errors import PacaError
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, lora_start, starting_model, train
 from paca.training.planned_run import target_of_run
-from training.test_run_methods import TOKENS_ASKED, answers_of_trained
+from training.method_runs import TOKENS_ASKED, answers_of_trained
 
 TAKEN = ("corda", "lora_ga", "pissa_niter_4")
 """Those that take from the weights what the adapter begins with."""
@@ -25,6 +27,17 @@ TAKEN = ("corda", "lora_ga", "pissa_niter_4")
 def start(config_file: Path, folder: Path, name: str, *overrides: str, **options: Any) -> RunResult:
     given = ["paca=null", f"output.dir={folder}", "train.max_steps=2", "lora.r=4", f"lora.init_lora_weights={name}"]
     return train(load_run_config(config_file, [*given, *overrides]), **{"console": Console(quiet=True), **options})
+
+
+@pytest.fixture(scope="module")
+def started(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunResult]:
+    """A run with the start of a name, once for all tests: they leave its folder as it is."""
+
+    @functools.cache
+    def run(name: str) -> RunResult:
+        return start(config_file, tmp_path_factory.mktemp("started") / "run", name)
+
+    return run
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -55,8 +68,8 @@ def test_in_16_bits_it_comes_back_to_their_rounding(
 
 
 @pytest.mark.parametrize("name", ["eva", *TAKEN])
-def test_a_run_begins_with_the_model_as_it_came(config_file: Path, tmp_path: Path, name: str) -> None:
-    begun, plain = (start(config_file, tmp_path / kind, kind).summary for kind in (name, "true"))
+def test_a_run_begins_with_the_model_as_it_came(started: Callable[[str], RunResult], name: str) -> None:
+    begun, plain = (started(kind).summary for kind in (name, "true"))
     assert begun is not None
     assert plain is not None
     assert begun["eval_loss_before"] == pytest.approx(plain["eval_loss_before"], rel=1e-5)
@@ -65,13 +78,17 @@ def test_a_run_begins_with_the_model_as_it_came(config_file: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["eva", "corda", "lora_ga"])
 def test_the_start_follows_from_the_training_data(
-    config_file: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+    config_file: Path,
+    started: Callable[[str], RunResult],
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (one, again, other) = (
-        load_file(start(config_file, tmp_path / f"{number}", name, more, console=None).folder / "start.safetensors")
-        for number, more in enumerate(("calibration.sequences=32", "calibration.sequences=40", "data.limit=24"))
-    )
-    assert "Starting LoRA by" in capsys.readouterr().out
+    runs = [started(name)]  # from at most 128 sequences
+    for number, more in enumerate(("calibration.sequences=32", "data.limit=24")):
+        runs.append(start(config_file, tmp_path / f"{number}", name, more, console=None))
+        assert "Starting LoRA by" in capsys.readouterr().out
+    (one, again, other) = (load_file(result.folder / "start.safetensors") for result in runs)
     assert all(torch.equal(one[key], again[key]) for key in one)  # the data has 32
     assert not all(torch.equal(one[key], other[key]) for key in one)
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from paca.messages.errors import PacaError
 from paca.training import describe, load_run_config
 from paca.training.sharding import check_sharding
-from training.test_run_methods import run, weights, write_config
+from training.method_runs import run, weights, write_config
+from training.test_run_methods import FinishedBy
 
 LAYERS = 4
 """Of the workspace's model that AdaLoRA adapts: `q_proj` and `v_proj` in two blocks."""
@@ -42,8 +43,8 @@ def loaded(folder: Path) -> Any:
     return PeftModel.from_pretrained(base, folder).eval()
 
 
-def test_ranks_are_shared_out_to_the_budget_and_the_adapter_is_cut_to_them(adalora: Path) -> None:
-    folder = run(adalora).folder
+def test_ranks_are_shared_out_to_the_budget_and_the_adapter_is_cut_to_them(finished_by: FinishedBy) -> None:
+    folder = finished_by("adalora")[0].folder
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert settings["total_step"] == 6
     pattern = settings["rank_pattern"]
@@ -62,12 +63,16 @@ def test_ranks_are_shared_out_to_the_budget_and_the_adapter_is_cut_to_them(adalo
     assert torch.allclose(cut, masked, atol=1e-5)
 
 
-def test_what_pulls_towards_orthogonal_factors_is_trained_and_not_evaluated(adalora: Path) -> None:
+def test_what_pulls_towards_orthogonal_factors_is_trained_and_not_evaluated(
+    adalora: Path, finished_by: FinishedBy
+) -> None:
     """Its weight changes the loss of training, and not that of the same model in an evaluation."""
     losses = {}
     for weight in (0.0, 0.5):
-        file = change(adalora, peft={"orth_reg_weight": weight}, output={"overwrite": True})
-        folder = run(file).folder
+        # 0.5 is PEFT's default
+        folder = (
+            finished_by("adalora")[0].folder if weight else run(change(adalora, peft={"orth_reg_weight": 0})).folder
+        )
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[weight] = [
             next(row[key] for row in rows if key in row) for key in ("loss", "eval_loss")

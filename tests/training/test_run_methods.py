@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import paca
 from paca.convert.merged import merge_to_folder
-from paca.evaluation.own_data import scorer
 from paca.evaluation.sides import sides_of
 from paca.messages.errors import PacaError
 from paca.planning import estimate
@@ -26,107 +25,20 @@ from paca.training import run as run_module
 from paca.training.lora_start import LoraStart
 from paca.training.planned_run import target_of_run
 from tiny_checkpoint import byte_tokenizer, save_base
+from training.method_runs import LEARN_TOKENS, METHODS, TOKENS_ASKED, run, weights, write_config
 from training.test_run import SignalAtStep
 from training.tiny_run import curve
 
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"lora": {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}},
-    "lora-tuned": {
-        "lora": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
-        "model": {"dtype": "bfloat16"},
-        "train": {"autocast_adapter_dtype": False},
-    },
-    "lora-eva": {"lora": {"r": 4, "init_lora_weights": "eva"}},
-    "lora-corda": {"lora": {"r": 4, "init_lora_weights": "corda", "target_modules": "all-linear"}},
-    "lora-lora_ga": {"lora": {"r": 4, "init_lora_weights": "lora_ga", "lora_ga_config": {"direction": "ArBr"}}},
-    "lora-pissa_niter": {"lora": {"r": 4, "init_lora_weights": "pissa_niter_4"}},
-    "ia3": {"peft": {"peft_type": "ia3"}},
-    "loha": {"peft": {"peft_type": "LOHA", "r": 2, "target_modules": ["q_proj", "down_proj"]}},
-    "adalora": {"peft": {"peft_type": "ADALORA", "target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 1}},
-    "shira": {"peft": {"peft_type": "SHIRA", "r": 2}},
-    "adamss": {"peft": {"peft_type": "ADAMSS", "r": 8, "num_subspaces": 3, "target_modules": ["q_proj", "k_proj"]}},
-    "p_tuning": {"peft": {"peft_type": "P_TUNING", "num_virtual_tokens": 4}},
-    "cpt": {
-        "peft": {
-            "peft_type": "CPT",
-            "cpt_token_ids": [60, 61, 62, 63, 64, 65],
-            "cpt_tokens_type_mask": [1, 2, 3, 4, 6, 8],
-            "opt_projection_epsilon": 20.0,
-            "opt_projection_format_epsilon": 20.0,
-            "opt_weighted_loss_type": "decay",
-            "opt_loss_decay_factor": 0.5,
-        },
-        "train": {"learning_rate": 1.0},
-    },
-    "prefix_tuning": {
-        "peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 16, "init_weights": "zero"},
-        "train": {"learning_rate": 1.0},
-    },
-    "prefix_tuning-projected": {
-        "peft": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4, "prefix_projection": True},
-        "train": {"learning_rate": 0.05},
-    },
-    "cartridge": {"peft": {"peft_type": "CARTRIDGE", "num_virtual_tokens": 16}, "train": {"learning_rate": 1.0}},
-    "adaption_prompt": {"peft": {"peft_type": "ADAPTION_PROMPT", "adapter_len": 4, "adapter_layers": 2}},
-    "full": {"full": {}},
-}
-
-ADD_TO_THE_INPUT = ("p_tuning", "cpt", "prefix_tuning", "prefix_tuning-projected", "cartridge", "adaption_prompt")
-
-
+FinishedBy = Callable[[str], tuple[RunResult, torch.Tensor]]
 SAVED_OTHERWISE = ("lora-corda", "lora-lora_ga", "lora-pissa_niter", "adalora", "adamss")
 """Than they trained: as a LoRA on the model as it came; cut to its ranks."""
-TOKENS_ASKED = torch.arange(12)[None]
-
-
-def answers_of_trained(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Where the logits go that each run's model gives in memory, once it is trained."""
-    found: list[torch.Tensor] = []
-    write_card = run_module.write_card
-
-    def remember(folder: Path, summary: dict[str, Any], model: Any) -> None:
-        training = model.training
-        with torch.no_grad():
-            found.append(model.eval()(TOKENS_ASKED).logits)
-        model.train(training)
-        write_card(folder, summary, model)
-
-    monkeypatch.setattr(run_module, "write_card", remember)
-    return found
-
-
-def write_config(config_file: Path, target: Path, method: str) -> Path:
-    """The workspace's run with another method, for `target`."""
-    sections = yaml.safe_load(config_file.read_text())
-    del sections["paca"]
-    for name, values in METHODS[method].items():
-        sections[name] = {**sections.get(name, {}), **values}
-    sections["train"] |= {"max_steps": 6, "gradient_accumulation_steps": 1}
-    sections["eval"] = {"metric": "token_accuracy", "max_new_tokens": 4}
-    sections["output"] = {"dir": str(target)}
-    target.parent.mkdir(exist_ok=True)
-    file = target.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(sections))
-    return file
-
-
-def run(file: Path, resume: bool = False, **options: Any) -> RunResult:
-    config = load_run_config(file)
-    return train(config, resume, Console(quiet=True), scorer=scorer(config.eval), **options)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
-    return load_file(file)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
-    method: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, config_file: Path, finished_by: FinishedBy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = answers_of_trained(monkeypatch)
-    whole = run(write_config(config_file, tmp_path / "whole", method), probe=True)
-    in_memory = trained[-1]
+    whole, in_memory = finished_by(method)
     monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
     monkeypatch.setattr(SignalAtStep, "step", 3)
     parts = write_config(config_file, tmp_path / "parts", method)
@@ -152,7 +64,7 @@ def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
     expected = loaded.model(TOKENS_ASKED).logits
     rounding = 8 * torch.finfo(in_memory.dtype).eps if method in SAVED_OTHERWISE else 0
     assert (in_memory - expected).abs().max() <= rounding * expected.abs().max()
-    if method in ADD_TO_THE_INPUT:
+    if method in LEARN_TOKENS:
         with pytest.raises(PacaError, match="adds to what the model reads, not to its weights"):
             merge_to_folder(whole.folder, tmp_path / "merged")
         card = (whole.folder / "adapter/README.md").read_text()
@@ -185,12 +97,12 @@ def check_summary(summary: dict[str, Any], method: str) -> None:
 
 
 def test_a_method_that_changes_the_weights_is_held_against_the_base_model_itself(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_file: Path, finished_by: FinishedBy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its adapter another model is left: that was measured as "before training", and as the base."""
     start = {"r": 4, "init_lora_weights": "pissa", "target_modules": "all-linear"}
     monkeypatch.setitem(METHODS, "pissa", {"lora": start})
-    changed, plain = (run(write_config(config_file, tmp_path / name, name)) for name in ("pissa", "lora"))
+    changed, plain = run(write_config(config_file, tmp_path / "pissa", "pissa")), finished_by("lora")[0]
     assert changed.summary is not None
     assert plain.summary is not None
     assert changed.summary["scores"]["before"] == plain.summary["scores"]["before"]
@@ -202,9 +114,11 @@ def test_a_method_that_changes_the_weights_is_held_against_the_base_model_itself
         pass
 
 
-def test_a_fast_adapter_has_the_type_of_the_weights_also_after_a_resume(config_file: Path, tmp_path: Path) -> None:
+def test_a_fast_adapter_has_the_type_of_the_weights_also_after_a_resume(
+    config_file: Path, finished_by: FinishedBy, tmp_path: Path
+) -> None:
     file = write_config(config_file, tmp_path / "run", "lora-tuned")
-    folder = run(file).folder
+    folder = shutil.copytree(finished_by("lora-tuned")[0].folder, tmp_path / "run")
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
     # Every step is made: the weights come from the checkpoint alone.
     trained = weights(folder)
@@ -338,8 +252,8 @@ def test_a_plan_knows_the_method(config_file: Path, tmp_path: Path) -> None:
     assert (whole.trainable, whole.weights) == (whole.parameters, "float32")
 
 
-def test_a_run_in_full_is_evaluated_as_a_model(config_file: Path, tmp_path: Path) -> None:
-    folder = run(write_config(config_file, tmp_path / "run", "full")).folder
+def test_a_run_in_full_is_evaluated_as_a_model(config_file: Path, finished_by: FinishedBy, tmp_path: Path) -> None:
+    folder = finished_by("full")[0].folder
     loaded = load_for_generation(folder)
     assert (loaded.adapter, loaded.base) == (None, str(folder / "model"))
     again = load_run_config(config_file, [f"model.name={folder}", f"output.dir={tmp_path / 'again'}"])
