@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from paca.comparison.settings import load_common
 from paca.evaluation.own_data import scorer
@@ -65,7 +66,7 @@ def held_out_losses(run: Path) -> list[float]:
 )
 def test_it_begins_where_the_other_ended(first, then, config_file: Path, finished: Finished, tmp_path: Path) -> None:
     begun = finished(*first).folder
-    folder = train_on(config_file, begun, tmp_path / "on", *then).folder
+    folder = train_on(config_file, begun, tmp_path / "on", *then, "train.max_steps=2").folder
     was, losses = held_out_losses(begun), held_out_losses(folder)
     assert losses[0] == pytest.approx(was[-1], rel=1e-5)
     assert losses[0] != pytest.approx(was[0], rel=2e-4)
@@ -79,7 +80,7 @@ def test_it_begins_where_the_other_ended(first, then, config_file: Path, finishe
 
 
 def test_the_section_of_the_method_and_the_model_need_not_be_given(finished: Finished, tmp_path: Path) -> None:
-    first = finished("paca.r=6", "paca.paca_alpha=3").folder
+    first = finished("paca.r=6", "paca.paca_alpha=3", "train.max_steps=1").folder
     given = yaml.safe_load((first / "config.yaml").read_text())
     config = tmp_path / "on.yaml"
     config.write_text(yaml.safe_dump({"model": {"adapter": str(first)}, "data": {"train": given["data"]["train"]}}))
@@ -114,25 +115,24 @@ def test_a_stopped_one_goes_on_to_the_same_bits(
 def test_it_is_not_resumed_from_another_adapter(
     config_file: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = finished().folder / "adapter" / "adapter_model.safetensors"
-    first = train_on(config_file, finished().folder, tmp_path / "first").folder
+    first = shutil.copytree(finished().folder, tmp_path / "first")
     monkeypatch.setattr(run_module, "StopOnSignal", SignalAtStep)
-    monkeypatch.setattr(SignalAtStep, "step", 2)
-    train_on(config_file, first, tmp_path / "on")
-    file = first / "adapter" / "adapter_model.safetensors"
-    file.write_bytes(other.read_bytes())
+    monkeypatch.setattr(SignalAtStep, "step", 1)
+    train_on(config_file, first, tmp_path / "on", "train.max_steps=2")
+    other = {name: tensor * 2 if "delta" in name else tensor for name, tensor in adapter(first).items()}
+    save_file(other, first / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(PacaError, match=r"The content of model\.adapter .* is no longer"):
-        train_on(config_file, first, tmp_path / "on", resume=True)
+        train_on(config_file, first, tmp_path / "on", "train.max_steps=2", resume=True)
 
 
 def test_scores_before_training_are_those_of_the_first_adapter(
     config_file: Path, finished: Finished, tmp_path: Path
 ) -> None:
-    first, wanted = finished().folder, ("eval.metric=token_accuracy",)
+    first, wanted = finished().folder, ("eval.metric=token_accuracy", "eval.max_new_tokens=2")
     config = load_run_config(config_file, [f"output.dir={tmp_path / 'scored'}", *wanted])
     scored = train(config, scorer=scorer(config.eval), console=Console(quiet=True)).summary
     folder = tmp_path / "on"
-    on = load_run_config(config_file, [f"model.adapter={first}", f"output.dir={folder}", *wanted])
+    on = load_run_config(config_file, [f"model.adapter={first}", f"output.dir={folder}", *wanted, "train.max_steps=1"])
     summary = train(on, scorer=scorer(on.eval), console=Console(quiet=True)).summary
     assert scored is not None
     assert summary is not None
@@ -147,14 +147,32 @@ def test_a_finished_run_is_measured_without_the_adapter_that_it_began_with(
 ) -> None:
     first = tmp_path / "first"
     shutil.copytree(finished().folder, first)
-    folder = train_on(config_file, first, tmp_path / "on").folder
+    folder = train_on(config_file, first, tmp_path / "on", "train.max_steps=1").folder
     shutil.rmtree(first)
     held_out, _ = held_out_of(folder, config_of_run(folder))
     assert len(held_out.dataset) == 8
 
 
-def test_preferences_are_held_against_the_adapter_as_it_was(workspace: Path, tmp_path: Path) -> None:  # noqa: F811
-    first = finished_dpo(workspace, tmp_path / "first")
+@pytest.fixture(scope="module")
+def short_dpo(
+    workspace: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """The folder of a run of one step on pairs, with some settings changed."""
+
+    @functools.cache
+    def run(*overrides: str) -> Path:
+        return finished_dpo(workspace, tmp_path_factory.mktemp("dpo") / "run", "train.max_steps=1", *overrides)
+
+    return run
+
+
+def test_preferences_are_held_against_the_adapter_as_it_was(
+    workspace: Path,  # noqa: F811
+    short_dpo: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    first = short_dpo()
     on = finished_dpo(workspace, tmp_path / "on", f"model.adapter={first}")
     log = rows(on)
     begun = next(row for row in log if row["step"] == 0)
@@ -169,9 +187,13 @@ def test_preferences_are_held_against_the_adapter_as_it_was(workspace: Path, tmp
 
 
 @pytest.mark.parametrize("method", ["paca", "lora"])
-def test_the_copy_of_the_adapter_is_planned(method: str, workspace: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_copy_of_the_adapter_is_planned(
+    method: str,
+    workspace: Path,  # noqa: F811
+    short_dpo: Callable[..., Path],
+) -> None:
     config, settings = workspace / "dpo.yaml", LORA if method == "lora" else ()
-    first = finished_dpo(workspace, tmp_path / "first", *settings)
+    first = short_dpo(*settings)
     begins = [f"model.adapter={first}", *(["paca=null"] if method == "lora" else [])]
     planned = [target_of_run(config, changes, "cpu", None, None) for changes in (settings, begins)]
     anew, goes_on = (estimate(one.model, one.setting, one.adapter) for one in planned)
@@ -286,11 +308,14 @@ def test_quantized_weights_are_quantized_again_and_deltas_not_rounded(
 ) -> None:
     pytest.importorskip("bitsandbytes")
     first = finished("model.quantization=nf4").folder
-    config = load_run_config(config_file, [f"model.adapter={first}", f"output.dir={tmp_path / 'on'}"])
+    on = [f"model.adapter={first}", f"output.dir={tmp_path / 'on'}", "train.max_steps=1"]
+    config = load_run_config(config_file, on)
     assert config.model.quantization == "nf4"
     folder = train(config, console=Console(quiet=True)).folder
     assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-6)
-    lora = finished("model.quantization=nf4", *LORA).folder / "checkpoints"  # whose own config does not say it
+    lora = (
+        finished("model.quantization=nf4", *LORA, "train.max_steps=1").folder / "checkpoints"
+    )  # whose own config does not say it
     for checkpoint in lora.iterdir():
         assert load_run_config(config_file, [f"model.adapter={checkpoint}", *LORA]).model.quantization == "nf4"
 
@@ -301,14 +326,14 @@ def test_a_gguf_file_is_unpacked_for_each_run(
     mergeable_base: Path,  # noqa: F811
 ) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", mergeable_base)
-    named = [f"model.name={source}", "train.max_steps=2"]
+    named = [f"model.name={source}", "train.max_steps=1"]
     first = train(
         load_run_config(config_file, [*named, f"output.dir={tmp_path / 'first'}"]), console=Console(quiet=True)
     ).folder
     short = tmp_path / "short.yaml"
     sections = yaml.safe_load(config_file.read_text()) | {"model": {"adapter": str(first)}}
     short.write_text(yaml.safe_dump(sections))
-    config = load_run_config(short, [f"output.dir={tmp_path / 'on'}", "train.max_steps=2"])
+    config = load_run_config(short, [f"output.dir={tmp_path / 'on'}", "train.max_steps=1"])
     assert config.model.name == str(source)
     folder = train(config, console=Console(quiet=True)).folder
     assert held_out_losses(folder)[0] == pytest.approx(held_out_losses(first)[-1], rel=1e-5)
@@ -319,7 +344,7 @@ def test_a_gguf_file_is_unpacked_for_each_run(
 def test_the_form_of_the_first_run_is_that_of_the_second(config_file: Path, tmp_path: Path) -> None:
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps({"question": f"a {n}", "answer": f"b {n}"}) + "\n" for n in range(12)))
-    named = [f"data.train={data}", "data.eval=4", "train.max_steps=2"]
+    named = [f"data.train={data}", "data.eval=4", "train.max_steps=1"]
     config = load_run_config(config_file, [*named, "data.template=zephyr", f"output.dir={tmp_path / 'first'}"])
     first = train(config, console=Console(quiet=True)).folder
     folder = train_on(config_file, first, tmp_path / "on", *named).folder
@@ -334,12 +359,14 @@ def test_the_form_of_the_first_run_is_that_of_the_second(config_file: Path, tmp_
 
 
 def test_labels_must_be_those_of_the_classifier(workspace: Path, tmp_path: Path) -> None:  # noqa: F811
-    first = load_run_config(workspace / "classification.yaml", [f"output.dir={tmp_path / 'first'}"])
+    first = load_run_config(
+        workspace / "classification.yaml", [f"output.dir={tmp_path / 'first'}", "train.max_steps=1"]
+    )
     train(first, console=Console(quiet=True))
     other = tmp_path / "other.jsonl"
     text = Path(str(first.data.train)).read_text()
     other.write_text(text.replace('"other"', '"thing"'))
-    on = [f"model.adapter={tmp_path / 'first'}", f"output.dir={tmp_path / 'on'}"]
+    on = [f"model.adapter={tmp_path / 'first'}", f"output.dir={tmp_path / 'on'}", "train.max_steps=1"]
     with pytest.raises(PacaError, match=r"tells apart \['animal', 'other'\], and the data \['animal', 'thing'\]"):
         describe(load_run_config(workspace / "classification.yaml", [*on, f"data.train={other}"]))
     folder = train(load_run_config(workspace / "classification.yaml", on), console=Console(quiet=True)).folder
