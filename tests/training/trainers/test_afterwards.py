@@ -238,7 +238,7 @@ def test_data_that_is_not_here_leaves_the_length_and_the_labels_open(workspace: 
 
 
 def test_a_plan_of_images_counts_images(workspace: Path) -> None:
-    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1"]
+    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1", "--bandwidth", "1"]
     printed = CliRunner().invoke(app, command)
     assert "2 images per pass" in printed.stdout
     assert "images/s" in printed.stdout
@@ -248,7 +248,7 @@ def test_a_plan_of_images_counts_images(workspace: Path) -> None:
 
 def test_a_search_for_what_fits_leaves_a_classifiers_weights_as_they_are(workspace: Path) -> None:
     """In 4 bits they might fit sooner, but the new head would be quantized before it is trained."""
-    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1"]
+    command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1", "--bandwidth", "1"]
     found = CliRunner().invoke(app, [*command, "--memory", "661MiB", "--json"])
     assert found.exception is None
     assert {one["setting"]["quantization"] for one in json.loads(found.stdout)["candidates"]} == {None}

@@ -22,6 +22,7 @@ from paca.planning.target import Target
 from paca.training.planned_run import target_of_run
 
 Planned = Callable[..., Target]
+RATES = ("--rate", "1", "--bandwidth", "1")  # nothing is measured
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_answers_that_are_made_together_take_memory_together(planned: Planned) -
 
 def test_what_is_printed_says_what_is_in_a_pass(workspace: Path) -> None:
     for name, said in (("dpo", "2 pairs of 2 x "), ("grpo", "4 answers of up to 6 tokens are made at a time.")):
-        printed = CliRunner().invoke(app, ["plan", str(workspace / f"{name}.yaml"), "--rate", "1"])
+        printed = CliRunner().invoke(app, ["plan", str(workspace / f"{name}.yaml"), *RATES])
         assert said in " ".join(printed.stdout.split())
 
 
@@ -126,7 +127,7 @@ def test_a_plan_of_answers_that_can_not_be_made_says_why(
 
 def test_what_a_search_finds_is_what_a_run_trains(workspace: Path, planned: Planned) -> None:
     run = workspace / "grpo.yaml"
-    command = ["plan", str(run), "--memory", "2GiB", "--global-batch", "8", "--rate", "1", "--lean"]
+    command = ["plan", str(run), "--memory", "2GiB", "--global-batch", "8", *RATES, "--lean"]
     lines = CliRunner().invoke(app, command).stdout.partition("In a run's YAML:")[2]
     settings = yaml.safe_load("\n".join(line[2:] for line in lines.strip("\n").splitlines()))
     changes = [f"{section}.{key}={value}" for section, keys in settings.items() for key, value in keys.items()]
@@ -135,7 +136,7 @@ def test_what_a_search_finds_is_what_a_run_trains(workspace: Path, planned: Plan
     tried = json.loads(CliRunner().invoke(app, [*command, *passes]).stdout)["candidates"]
     assert all(one["setting"]["answers"] == 2 * one["setting"]["batch_size"] for one in tried)
     assert not any(one["setting"]["answers"] % 4 for one in tried)
-    none = CliRunner().invoke(app, [*command[:4], "--global-batch", "6"])
+    none = CliRunner().invoke(app, [*command[:4], "--global-batch", "6", *RATES])
     assert "No batch of the 6 answers" in str(none.exception)
 
 
