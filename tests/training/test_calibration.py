@@ -88,6 +88,7 @@ def test_a_run_trains_the_columns_that_select_finds(config_file, tmp_path, strat
     assert config.indices == selected.indices
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_the_columns_are_used_again_until_a_setting_or_the_data_changes(config_file, tmp_path, passes):
     strategy, folder = "paca.selection=activation_norm", tmp_path / "run"
     start(config_file, folder, strategy)

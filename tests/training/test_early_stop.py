@@ -48,6 +48,7 @@ def test_it_ends_after_so_many_evaluations_without_a_better_one(
     assert same_adapter(result.folder, tmp_path / "best")
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_it_goes_on_while_evaluations_are_better(
     run: Runner,  # noqa: F811
     finished: Runner,

@@ -98,6 +98,7 @@ def test_the_section_of_the_method_and_the_model_need_not_be_given(finished: Fin
     )
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_a_stopped_one_goes_on_to_the_same_bits(
     config_file: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_stopped_one_goes_on_to_the_same_bits(
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_it_is_not_resumed_from_another_adapter(
     config_file: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ def test_it_is_not_resumed_from_another_adapter(
         train_on(config_file, first, tmp_path / "on", "train.max_steps=2", resume=True)
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_scores_before_training_are_those_of_the_first_adapter(
     config_file: Path, finished: Finished, tmp_path: Path
 ) -> None:
@@ -167,6 +170,7 @@ def short_dpo(
     return run
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_preferences_are_held_against_the_adapter_as_it_was(
     workspace: Path,  # noqa: F811
     short_dpo: Callable[..., Path],
@@ -186,6 +190,7 @@ def test_preferences_are_held_against_the_adapter_as_it_was(
     assert "adapter as it begins" in lines["reference"]
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 @pytest.mark.parametrize("method", ["paca", "lora"])
 def test_the_copy_of_the_adapter_is_planned(
     method: str,
@@ -303,6 +308,7 @@ def test_a_comparison_refuses_it(config_file: Path, finished: Finished) -> None:
         load_common(config_file, [f"model.adapter={finished().folder}"])
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_quantized_weights_are_quantized_again_and_deltas_not_rounded(
     config_file: Path, finished: Finished, tmp_path: Path
 ) -> None:
@@ -320,6 +326,7 @@ def test_quantized_weights_are_quantized_again_and_deltas_not_rounded(
         assert load_run_config(config_file, [f"model.adapter={checkpoint}", *LORA]).model.quantization == "nf4"
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_a_gguf_file_is_unpacked_for_each_run(
     config_file: Path,
     tmp_path: Path,

@@ -95,6 +95,7 @@ def test_a_lean_run_is_the_same_run(
     assert_same_run(stock, tmp_path / "lean")
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_a_lean_run_goes_on_to_the_same_weights(
     config_file: Path, finished: Callable[..., RunResult], tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_run_is_judged_by_as_many_examples_as_its_score_has(tmp_path: Path, co
     assert (result.summary["data"]["eval_examples"], row["eval_examples"]) == (6, 8)
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_all_held_out_examples_are_measured_where_training_drops_the_last_batch(
     finished: Callable[..., RunResult],
 ) -> None:

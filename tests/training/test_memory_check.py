@@ -30,6 +30,7 @@ def test_lengths_are_those_of_the_rows() -> None:
     assert TRAINERS["sft"].lengths(Dataset.from_dict({"input_ids": rows}).select([1, 0])) == [1, 3]
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_a_run_that_needs_more_than_there_is_says_so_and_trains_all_the_same(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,6 +49,7 @@ def test_a_run_that_needs_more_than_there_is_says_so_and_trains_all_the_same(
     assert asked == ["cpu"]
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_a_forecast_that_fails_stops_no_run(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ from paca.training import RunResult, describe, load_run_config
 from training.tiny_run import adapter
 
 
+@pytest.mark.slow(reason="trains several times")
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_packed_run_makes_the_steps_that_its_plan_told(
     config_file: Path, finished: Callable[..., RunResult], monkeypatch: pytest.MonkeyPatch, size: int

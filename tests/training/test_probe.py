@@ -68,6 +68,7 @@ def assert_equal(one: Any, other: Any) -> None:
         assert (one == other) is True or (one == other).all()
 
 
+@pytest.mark.slow(reason="trains several times")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -96,6 +96,7 @@ def chatml_run(workspace: Path) -> Path:
     return workspace / "chatml"
 
 
+@pytest.mark.slow(reason="trains several times")
 @pytest.mark.parametrize("name", ["run", "chatml_run"])
 def test_a_model_without_a_template_learns_an_answer_that_chat_gives_and_stops(
     name: str, request: pytest.FixtureRequest

@@ -398,6 +398,7 @@ def test_a_stopped_run_says_whether_it_can_go_on_from_there(run: Runner) -> None
     assert run("whole", *settings, stop_at=1).saved
 
 
+@pytest.mark.slow(reason="trains several times")
 def test_packing_trains_on_the_same_tokens_in_fewer_sequences(run: Runner, config_file: Path) -> None:
     epoch = ["train.max_steps=-1", "train.num_train_epochs=1"]
     epoch += ["data.limit=20", "train.per_device_train_batch_size=1"]

@@ -45,6 +45,7 @@ class Given(Chances):
         return Point(kind, int(share * (calls if kind == "call" else max(sizes))))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_killed_again_and_again_everything_is_whole_and_ends_the_same(config_file: Path, tmp_path: Path) -> None:
     """The long form is `make kills`."""
     counts: Counter[str] = Counter()
@@ -159,6 +160,7 @@ def test_a_folder_without_permission_is_one_line(
         go(config_file, tmp_path / "run")
 
 
+@pytest.mark.slow(reason="measures the memory of processes")
 def test_thirty_steps_leave_memory_as_it_is_and_every_column_what_its_delta_says() -> None:
     """The long form is `make endurance`: 2,000 steps, twice."""
     first, second = (train_and_look(30, moments=3) for _ in range(2))

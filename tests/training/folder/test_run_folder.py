@@ -172,6 +172,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run").clear({})
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with trained_elsewhere(folder.path, tmp_path) as process:

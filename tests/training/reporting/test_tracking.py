@@ -280,6 +280,7 @@ def test_wandb_without_a_login_is_told_before_anything_is_loaded(
     wandb.teardown()
 
 
+@pytest.mark.slow(reason="starts the program anew")
 def test_wandb_keeps_the_run_offline(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

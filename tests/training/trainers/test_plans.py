@@ -76,6 +76,7 @@ def test_a_model_that_is_trained_whole_is_held_twice(in_full: Callable[[str], Pa
     assert planned("grpo", "train.beta=0.1").setting.reference is None
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_answers_that_are_made_together_take_memory_together(planned: Planned) -> None:
     few = planned("grpo", "train.max_completion_length=64")
     assert few.setting.answering is not None
@@ -125,6 +126,7 @@ def test_a_plan_of_answers_that_can_not_be_made_says_why(
         planned("grpo", *changes, seq=seq)
 
 
+@pytest.mark.slow(reason="simulates models over and over")
 def test_what_a_search_finds_is_what_a_run_trains(workspace: Path, planned: Planned) -> None:
     run = workspace / "grpo.yaml"
     command = ["plan", str(run), "--memory", "2GiB", "--global-batch", "8", *RATES, "--lean"]
