@@ -33,10 +33,10 @@ paca:
   r: 64
   paca_alpha: 64
 train:
-  max_steps: 60
+  max_steps: 30
   per_device_train_batch_size: 1
   gradient_accumulation_steps: 1
-  learning_rate: 5e-3
+  learning_rate: 1e-2
   lr_scheduler_type: constant
   max_length: 128
 output:

@@ -106,7 +106,7 @@ def test_one_side_alone_is_measured_where_the_other_is_not_wanted(tmp_path: Path
 
 
 def test_a_model_that_is_trained_whole_is_read_again_to_be_scored_as_it_came(tmp_path: Path) -> None:
-    overrides = ("eval.metric=loss", "train.max_steps=2", "data.eval=4")
+    overrides = ("eval.metric=loss", "eval.max_new_tokens=4", "train.max_steps=2", "data.eval=4")
     whole, columns = (
         trained(tmp_path / name, SUMS, *overrides, *settings).summary
         for name, settings in (("full", ["full={}", "paca=null"]), ("paca", []))
