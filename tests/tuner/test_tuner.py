@@ -111,6 +111,17 @@ def test_targets(settings, adapted):
     assert len(paca_layers(adapt(llama(), **settings))) == adapted
 
 
+@pytest.mark.parametrize(("numbers", "missing"), [([1, 2, 7], "2, 7"), ([-1, 0], "-1"), ([0, 1], None), (1, None)])
+def test_blocks_that_the_model_does_not_have_are_told(numbers, missing):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapt(llama(), target_modules=["q_proj"], layers_to_transform=numbers)
+    found = [str(one.message) for one in told if "layers_to_transform" in str(one.message)]
+    there = "0" if missing == "-1" else "1"
+    expected = f"blocks of which no layer is adapted: {missing}. There are adapted layers in {there} (blocks are"
+    assert [expected in one for one in found] == ([True] if missing else [])
+
+
 def test_ranks_alphas_and_columns_of_particular_layers():
     model = adapt(
         llama(),

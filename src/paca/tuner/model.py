@@ -88,7 +88,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             remove_adapter(model, self.peft_config, adapter_name, config)
             tell_of_layers(error, model, config.target_modules)
             raise
-        if config.target_parameters:
+        if config.target_parameters or config.layers_to_transform is not None:
             warn_of_unused(model, adapter_name, config)
 
     def _prepare_adapter_config(self, config: Any, model_config: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Names in a config that match none of the adapter's layers."""
+"""Names and numbers of blocks in a config that match none of the adapter's layers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,21 @@ def check_indices_used(model: nn.Module, adapter_name: str, named: Iterable[str]
 
 
 def warn_of_unused(model: nn.Module, adapter_name: str, config: PacaConfig) -> None:
-    """Warn of patterns without a layer; PEFT does it itself where there are no stacks of experts."""
-    unused = _unused({**config.rank_pattern, **config.alpha_pattern}, list(layers_of(model, adapter_name)))
-    if unused:
+    """Warn of patterns without a layer, which PEFT does itself where there are no stacks of experts, and of blocks."""
+    layers = list(layers_of(model, adapter_name))
+    patterns = {**config.rank_pattern, **config.alpha_pattern} if config.target_parameters else {}
+    if unused := _unused(patterns, layers):
         warnings.warn(f"rank_pattern or alpha_pattern: no adapted layer is called {unused}.", stacklevel=3)
+    numbers = config.layers_to_transform
+    wanted = [numbers] if isinstance(numbers, int) else numbers or ()
+    found = {int(part) for name in layers for part in name.split(".") if part.isdecimal()}
+    if missing := [number for number in wanted if number not in found]:
+        there = ", ".join(map(str, sorted(found)))
+        warnings.warn(
+            f"layers_to_transform names blocks of which no layer is adapted: {', '.join(map(str, missing))}. There are "
+            f"adapted layers in {there} (blocks are counted from 0).",
+            stacklevel=3,
+        )
 
 
 def _unused(patterns: Iterable[str], layers: list[str]) -> list[str]:
