@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo        teach a small language model to write exact JSON, and show what changed"
 	@echo "make test        run the tests"
-	@echo "make slow        run those that take long, each marked with why: they compile, simulate, start programs"
+	@echo "make slow        run those that take long, each marked with why: 100, in 5 minutes; CI runs both"
 	@echo "make matrix      run every cell of docs/support-matrix.md and write the page anew"
 	@echo "make kills       kill runs, merges and exports 200 times, and compare what comes out (20 minutes)"
 	@echo "make endurance   2,000 steps on a tiny model, twice; every weight is compared after each"
