@@ -193,6 +193,21 @@ def test_a_method_that_needs_more_takes_smaller_batches_and_accumulates() -> Non
     assert lora.measured["peak"] == 1000 + 2 * 190 + 2 * r <= 1432
 
 
+def test_a_method_keeps_the_batch_of_its_own_file() -> None:
+    larger = LORA.with_settings("train", per_device_train_batch_size=6, gradient_accumulation_steps=1)
+    _, lora = same_memory([PACA, larger], 4, 2, parameters, memory({"paca": 100, "lora": 120}), quiet)
+    assert sizes(lora.method)[1:] == (3, 2)  # six sequences a step as before, where the leader has eight
+    _, lora = same_memory(
+        [PACA, LORA.with_settings("train", gradient_accumulation_steps=3)],
+        4,
+        2,
+        parameters,
+        memory({"paca": 100, "lora": 90}),
+        quiet,
+    )
+    assert sizes(lora.method)[1:] == (4, 3)
+
+
 @pytest.mark.parametrize("bytes_of_r", [lambda r: 3 * r, lambda r: 3 * r + r * r // 500, lambda r: 64 * (r // 16)])
 def test_the_largest_rank_is_found_in_a_few_trials(bytes_of_r: Callable[[int], int]) -> None:
     """A trial trains on the longest batch: eleven of them took LoRA's r from 8 to 168."""

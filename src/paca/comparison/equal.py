@@ -195,9 +195,9 @@ def same_memory(
 ) -> list[CameOut]:
     """Choose each method's batch and `r`, so that it needs as much memory as the first one, and no more.
 
-    The weights are the same, so equal peaks are equal bytes above them. First comes the batch: the first method's, or
-    the largest part of it that fits, with more accumulation in turn, so that a step sees the same sequences. Then the
-    largest `r` that fits.
+    The weights are the same, so equal peaks are equal bytes above them. First comes the batch: the method's own, the
+    first one's where it names none, or the largest part of it that fits, with more accumulation in turn, so that a step
+    sees as many sequences. Then the largest `r` that fits.
 
     Args:
         methods: The first one leads.
@@ -233,6 +233,9 @@ def same_memory(
 def _within_memory(
     method: Method, batch: int, accumulation: int, peak_of: Callable[[Method, int | None], int | None], budget: int
 ) -> CameOut:
+    own = method.sections.get("train", {})
+    batch = own.get("per_device_train_batch_size", batch)
+    accumulation = own.get("gradient_accumulation_steps", accumulation)
     for part in (part for part in range(batch, 0, -1) if batch % part == 0):
         fits = method.with_settings(
             "train", per_device_train_batch_size=part, gradient_accumulation_steps=accumulation * batch // part
