@@ -130,6 +130,14 @@ def test_the_same_answers_to_a_few_examples_are_no_certainty(count: int) -> None
     assert found.half == pytest.approx(1.96**2 / (count + 1.96**2), rel=1e-4)
 
 
+def test_all_right_against_all_wrong_is_a_difference() -> None:
+    right, wrong = "1" * 40, "0" * 40
+    found = counted_one_by_one(answered(right, right, right), answered(wrong, wrong, wrong))
+    assert found.difference is not None
+    assert found.difference.half == pytest.approx(1.96**2 / (40 + 1.96**2), rel=1e-4)
+    assert found.finding == "better"
+
+
 def test_examples_that_both_methods_answered_are_compared_one_by_one() -> None:
     few, more = "1" * 300 + "0" * 300, "1" * 330 + "0" * 270
     found = counted_one_by_one(answered(few, few, few), answered(more, more, more))

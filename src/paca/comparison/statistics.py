@@ -90,7 +90,7 @@ def half_with_examples(half: float, one: Sequence[Mapping[str, Any]], other: Seq
     if len(lengths) == 1 and min(lengths) > 1:
         shares = [[statistics.fmean(map(int, of_one)) for of_one in zip(*side, strict=True)] for side in sides]
         differences = [a - b for a, b in zip(*shares, strict=True)]
-        if not any(differences):  # alike is no certainty
+        if len(set(differences)) == 1:  # all level, or all right against all wrong: alike is no certainty
             return max(half, share_may_be_off(len(differences)))
         return math.hypot(half, _normal_half(statistics.stdev(differences) / math.sqrt(len(differences))))
     errors = [[row["score_stderr"] for row in rows if row["score_stderr"] is not None] for rows in (one, other)]
