@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from evaluation.tally import Tally
 from paca.cli import app
+from paca.comparison.divergence import diverged
 from paca.comparison.rows import row_of
 from paca.evaluation import own_run
 from paca.messages.errors import PacaError
@@ -87,6 +88,16 @@ def test_a_run_that_ended_before_its_results_were_written_has_them_once_it_is_re
     train(config, resume=True, console=Console(quiet=True))
     assert scores_of(run) == whole
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_weights_that_diverged_have_no_accuracy(finished: Finished) -> None:
+    """Of outputs that are NaN the first label was taken for the highest: a run without any use had a score."""
+    overrides = ["train.learning_rate=1e38", "train.max_steps=1"]  # its loss was finite, before the step
+    folder = finished("classification", *overrides).folder
+    row = row_of(RunFolder(folder), "paca")
+    assert row is not None
+    assert row["score"] is None
+    assert diverged(row)
 
 
 def test_examples_grouped_by_length_are_in_no_known_order(finished: Finished) -> None:

@@ -161,9 +161,10 @@ class Accuracy:
         self.step_now: Callable[[], int] = lambda: 0
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The share of examples whose label has the highest of the logits `(examples, labels)`."""
+        """The share of examples whose label has the highest of the logits `(examples, labels)`; NaN where one of them
+        is, as by weights that diverged: the highest would be the first label's."""
         logits: Any = prediction.predictions
         logits = logits[0] if isinstance(logits, tuple) else logits
         right = logits.argmax(-1) == prediction.label_ids
         self.right, self.step = "".join("01"[int(one)] for one in right), self.step_now()
-        return {"accuracy": float(np.mean(right))}
+        return {"accuracy": float("nan") if np.isnan(logits).any() else float(np.mean(right))}
