@@ -523,6 +523,32 @@ def mixed_batches():
 
 
 @of(2)
+def mixed_batches_see_deltas_written_while_their_copies_are_gathered():
+    """The root stays gathered after a pass under `no_grad`."""
+    names = ["default", "__base__", "other", "default"]
+    alone, together = pair(lambda: two_adapters().eval())
+    first, second = optimizer_of(alone, fused=True), optimizer_of(together, fused=True)
+    loss_of(alone, batch()).backward()
+    loss_of(together, mine(batch())).backward()
+    with torch.no_grad():
+        for change in ("step", "write", "write between mixed batches"):
+            if change != "write between mixed batches":
+                together(input_ids=batch())
+            if change == "step":
+                first.step()
+                second.step()
+            else:
+                for one, other in zip(paca_layers(alone), paca_layers(together), strict=True):
+                    if "default" in one.r:
+                        one.paca_delta["default"].data.mul_(3)
+                        other.paca_delta.shard("default")._local_tensor.data.mul_(3)
+                paca.refresh(alone)
+                paca.refresh(together)
+            expected = alone(input_ids=tokens(4), adapter_names=names).logits
+            torch.testing.assert_close(together(input_ids=tokens(4), adapter_names=names).logits, expected)
+
+
+@of(2)
 def values_written_without_a_trace_are_seen_by_refresh():
     alone, together = pair(adapted_llama)
     with torch.no_grad():

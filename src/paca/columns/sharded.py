@@ -229,6 +229,15 @@ def trained_through(state: State, deltas: Any) -> Trained:
     return state.trained._replace(deltas=tuple(deltas[c.name] for c in state.columns))
 
 
+@torch.no_grad()
+def bring_deltas_up_to_date(deltas: Any) -> None:
+    """Make the gathered copies of a layer's deltas what the rows of all processes are. A collective, of all adapters:
+    processes may run others. Only what adds columns reads these values: after a step they may be old (LoRA's too)."""
+    for name, copy in deltas.items():
+        if not is_sharded(copy):
+            copy.data.copy_(deltas.shard(name).full_tensor())
+
+
 def find_groups(model: nn.Module) -> None:
     """Tell the sharded weights in `model` which FSDP2 group gathers them: it knows whether that is under way.
 

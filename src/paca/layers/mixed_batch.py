@@ -38,6 +38,8 @@ class MixedBatch:
         """Whose columns a layer that can't tell samples apart has to run with now."""
         self.samples_before: dict[str, tuple[int, int]] = {}
         """Per experts module, samples and length of what the block around it got last."""
+        self.gathered: set[object] = set()
+        """Columns whose gathered deltas it brought up to date (FSDP2): nobody writes them as long as it runs."""
         self._rows: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self.entry: Entry | None = None
         """Of the model that it runs through."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paca.columns.kept import oriented
 from paca.columns.resident import WRITING
-from paca.columns.sharded import trained_through
+from paca.columns.sharded import bring_deltas_up_to_date, trained_through
 from paca.columns.state import AdapterColumns, State
 from paca.columns.stepping import others_step
 from paca.functional.train_columns import train_columns
@@ -207,6 +207,9 @@ class PeftCalls(BaseTunerLayer):
         if self._disable_adapters:
             return y  # as PEFT's LoRA does
         active = self.base_layer.columns
+        if not active.whole and active not in batch.gathered:
+            bring_deltas_up_to_date(self.paca_delta)
+            batch.gathered.add(active)
         rows = self.rows_of(x, batch)
         active.notice()
         state = State(tuple(self.columns_of(name) for name in rows), active.base)
