@@ -23,6 +23,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {**_GATED, "head_dim": 32, "sliding_window": 40}),  # plain attention, two kinds of block
     "gemma3": ("Gemma3TextConfig", {**_GATED, "head_dim": 32, "sliding_window": 40}),  # masks in some blocks only
     "phi3": ("Phi3Config", _GATED),  # fused projections
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**_GATED, "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
+    ),  # a mixture of experts, in a grouped product
     "opt": (
         "OPTConfig",
         {

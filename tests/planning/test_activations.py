@@ -120,6 +120,11 @@ def test_of_other_methods_too(adapter: Any) -> None:
     check("llama", TWO, adapter=adapter, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("adapter", [PACA, None], ids=_called)
+def test_of_a_mixture_of_experts_too(adapter: Any) -> None:
+    check("qwen3_moe", TWO, adapter=adapter)
+
+
 LOOK_AT_VALUES = [
     peft.ShiraConfig(r=8, target_modules=["q_proj", "down_proj"], random_seed=0, task_type="CAUSAL_LM"),
     peft.VBLoRAConfig(r=4, vector_length=8, num_vectors=16, target_modules=["q_proj", "down_proj"]),

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 import transformers.masking_utils
 from torch import Tensor, nn
+from torch._subclasses.fake_impls import op_implementations_dict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from trl.kernels import chunked_logprob
@@ -117,6 +118,7 @@ def without_values(device: str) -> Iterator[None]:
         # Positions without values might be those of packed sequences, and transformers would make a mask for them.
         stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None))
         stack.enter_context(patch.object(torch, "rand", _rand))
+        stack.enter_context(patch.dict(op_implementations_dict, {torch.ops.aten._grouped_mm.default: _grouped_product}))
         stack.enter_context(not_looked_at())
         if importlib.util.find_spec("bitsandbytes") is not None:
             import bitsandbytes  # noqa: F401  # defines the operator
@@ -135,6 +137,21 @@ def _rand(*size: Any, **options: Any) -> Any:
     """`torch.rand`; a single number, by which LoHa, LoKr and some models leave a layer out, is 1: it is never left
     out."""
     return 1.0 if size in _SINGLE and not options else _TORCH_RAND(*size, **options)
+
+
+def _grouped_product(
+    mode: FakeTensorMode,
+    operator: Any,
+    rows: Tensor,
+    matrices: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The experts' products. Torch's own stand-in takes bfloat16 alone, while its kernels take what experts are in."""
+    summed_by_group = offs is not None and rows.dim() == matrices.dim() == 2  # as for the gradient of the matrices
+    groups = offs.shape if offs is not None and summed_by_group else rows.shape[:-2]
+    return rows.new_empty((*groups, rows.shape[-2], matrices.shape[-1]), dtype=out_dtype)
 
 
 def _blocks(indices: Tensor) -> tuple[tuple[int, int], ...] | None:
