@@ -128,6 +128,23 @@ def test_a_cpu_keeps_programs_for_each_length_of_products_in_bfloat16(monkeypatc
     assert programs() == 0
 
 
+def test_experts_get_other_numbers_of_rows_in_each_step_and_fill_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "200")
+    assert planned.__wrapped__("qwen3_moe").parts[PROGRAMS] == 200 * PROGRAM_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_work_of_experts_counts(dtype: torch.dtype) -> None:
+    def work(width: int) -> int:
+        shape = config("qwen3_moe", dtype=dtype, num_hidden_layers=2, moe_intermediate_size=width)
+        return estimate(shape, Setting(sequence_length=32), PACA).flops
+
+    # Forward, and backward for the input alone: 2 experts for each token, 3 matrices of 128 rows, 2 blocks.
+    assert work(96) - work(64) == 2 * 2 * (32 * 2 * 3 * 128 * 2) * (96 - 64)
+
+
 def test_accumulation_keeps_gradients_and_multiplies_the_work() -> None:
     once, four = planned(), planned(gradient_accumulation=4)
     assert four.flops == 4 * once.flops

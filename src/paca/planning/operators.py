@@ -19,7 +19,9 @@ _COUNTED_AS = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
-_PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1}
+GROUPED = "_grouped_mm"
+"""The experts' product."""
+_PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1, GROUPED: 0}
 """Matrix products, and at which argument the first matrix stands."""
 _LAUNCH_NOTHING = ("empty", "new_empty", "_unsafe_view", "lift_fresh", "set_", "resize_")
 _READ_ONLY_WHAT_THEY_TAKE = ("embedding", "gather", "index", "index_select")
@@ -72,7 +74,7 @@ def operator_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
         phase,
         flops_of(func, args, kwargs, result),
         _moved(name, args, kwargs, outputs, written) if launches else 0,
-        _product(name, args),
+        _product(name, args, kwargs),
         _worked_in(name, args, largest),
         launches,
         max(1, len(written), len(outputs)) if name.startswith(_ON_LISTS) else 1,
@@ -83,6 +85,8 @@ def operator_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result
 def formula_of(operator: Any) -> Callable[..., int] | None:
     """What counts the operations of an ATen operator; None where they are 0."""
     packet = operator._overloadpacket
+    if packet.__name__ == GROUPED:
+        return _grouped_flops
     formula = flop_registry.get(_COUNTED_AS.get(packet, packet))
     if formula is None and packet.__name__.endswith("_"):
         formula = flop_registry.get(getattr(aten, packet.__name__[:-1], None))  # addmm_ counts as addmm
@@ -104,6 +108,12 @@ def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
             given = args[position] if position < len(args) else kwargs.get("is_causal", argument.default_value)
             return operations // 2 if given else operations
     return operations
+
+
+def _grouped_flops(first: Tensor, second: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Each row meets one expert's matrix, of those in `second`; or where there is none, rows add up to one."""
+    each = 2 * first.shape[-2] * first.shape[-1] * second.shape[-1]
+    return each * first.shape[0] if first.dim() == second.dim() == 3 else each
 
 
 def _is_view(func: Any) -> bool:
@@ -139,12 +149,18 @@ def _touched(tensor: Tensor) -> int:
     return count * tensor.element_size()
 
 
-def _product(name: str, args: tuple[Any, ...]) -> tuple[int, int, int, int] | None:
+def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int, int] | None:
     if name not in _PRODUCTS:
         return None
     first, second = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
-    batch = first.shape[0] if first.dim() == 3 else 1
-    return int(batch), int(first.shape[-2]), int(second.shape[-1]), int(first.shape[-1])
+    rows, columns, length = int(first.shape[-2]), int(second.shape[-1]), int(first.shape[-1])
+    offsets = (*args[2:], kwargs.get("offs"))[0] if name == GROUPED else None
+    if offsets is None:
+        return int(first.shape[0]) if first.dim() == 3 else 1, rows, columns, length
+    groups = int(offsets.numel())  # as if each got as many
+    if second.dim() == 3:
+        return groups, -(-rows // groups), columns, length
+    return groups, rows, columns, -(-length // groups)
 
 
 def _worked_in(name: str, args: tuple[Any, ...], largest: Tensor | None) -> torch.dtype | None:
