@@ -136,6 +136,12 @@ def test_text_that_is_not_utf_8_from_its_first_line_on_names_no_line(tmp_path: P
             list(rows_of(tmp_path / name))
 
 
+def test_text_in_utf_16_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("question,answer\n1,2\n".encode("utf-16"))
+    with pytest.raises(PacaError, match=r"a\.csv is UTF-16\. Save it as UTF-8, as .* CSV UTF-8"):
+        list(rows_of(tmp_path / "a.csv"))
+
+
 @pytest.mark.parametrize("damage", ["cut", "other bytes", "not packed"])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, suffix: str, damage: str) -> None:

@@ -52,7 +52,7 @@ def _text_of(file: Path) -> str:
         with _open(file) as stream:
             return stream.read()
     except UnicodeDecodeError as error:
-        raise PacaError(f"{file} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise _not_utf_8(file, f" (byte {error.start})") from error
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -63,8 +63,13 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
                 if line.strip():
                     yield f"{file.name}, line {number}", _json_object(line, f"{file}, line {number}")
         except UnicodeDecodeError as error:
-            where = f" (after line {number})" if number else ""
-            raise PacaError(f"{file} is not UTF-8 text{where}. Save it as UTF-8.") from error
+            raise _not_utf_8(file, f" (after line {number})" if number else "") from error
+
+
+def _not_utf_8(file: Path, where: str) -> PacaError:
+    with file.open("rb") as stream:
+        found = "UTF-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8 text" + where
+    return PacaError(f"{file} is {found}. Save it as UTF-8, as a spreadsheet does under CSV UTF-8.")
 
 
 def _array(line: str) -> str:
@@ -202,8 +207,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Row]]:
         except csv.Error as error:
             raise PacaError(f"{file} is not valid CSV after line {read}: {error}.") from error
         except UnicodeDecodeError as error:
-            where = f" (after line {read})" if read else ""
-            raise PacaError(f"{file} is not UTF-8 text{where}. Save it as UTF-8.") from error
+            raise _not_utf_8(file, f" (after line {read})" if read else "") from error
 
 
 def _separator(header: str) -> str:
