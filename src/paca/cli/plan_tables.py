@@ -63,7 +63,10 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     console.print(table)
     say(console, f"Kept from the forward pass for the backward pass: {format_bytes(result.activations)}.")
     if setting.device == "cpu":
-        say(console, "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed.")
+        kept = "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed."
+        if setting.quantization is not None:
+            kept += " Pages of the checkpoint's file come on top, until the system takes them back."
+        say(console, kept)
     from paca.planning.memory_estimate import PROGRAMS
 
     if PROGRAMS in result.parts:
