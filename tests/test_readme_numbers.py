@@ -45,7 +45,7 @@ def test_step_times_are_ratios_taken_round_by_round(name: str, machine: str) -> 
 def test_steps_of_many_columns_are_those_that_were_timed_in_turn() -> None:
     page = (ROOT / "benchmarks" / "quality" / "gsm8k-long-time" / "comparison.md").read_text(encoding="utf-8")
     (timed,) = re.findall(r"a step of lora-tuned took (\S+) × that of paca-256", page)
-    assert f"a step of tuned LoRA takes {timed} × PaCA's with that." in TEXT
+    assert f"(tuned LoRA's takes {timed} × r 256's)" in TEXT
 
 
 def test_longest_sequences_are_those_of_the_rows() -> None:
@@ -91,7 +91,7 @@ def test_the_loss_of_factors_is_that_of_their_rows_of_three_seeds() -> None:
     made = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     losses = [row["loss"] for row in made if (row["steps"], row["learning_rate"]) == (330, 3.04e-4)]
     assert len(losses) == 3
-    assert f"With Gemma [factors] of r 256 have {fmean(losses):.3f}." in TEXT
+    assert f"Gemma's [factors] of r 256 have {fmean(losses):.3f}." in TEXT
 
 
 def test_solved_problems_are_those_of_the_rows() -> None:
