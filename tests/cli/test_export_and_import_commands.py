@@ -41,6 +41,7 @@ def test_export_to_lora_and_import_give_the_adapter_back(run: Path, tmp_path: Pa
     assert done.stdout.splitlines() == [
         f"Read: LoRA with a one-hot A, 14 layers of rank 5, on {run / 'base'}",
         f"Written: {tmp_path / 'back'}",
+        f'Load it onto {run / "base"} with PeftModel.from_pretrained(model, "{tmp_path / "back"}"), after import paca.',
     ]
     before, after = (load_file(path / "adapter_model.safetensors") for path in (run / "adapter", tmp_path / "back"))
     assert before.keys() == after.keys()

@@ -31,3 +31,4 @@ def import_adapter(
     if result.largest_move is not None:
         put(f"Their columns moved by at most {result.largest_move:.2g} of their size in any layer.")
     put(f"Written: {result.output}")
+    put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{result.output}"), after import paca.')
