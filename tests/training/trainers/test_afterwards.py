@@ -29,6 +29,7 @@ from paca.convert.imported import import_adapter
 from paca.convert.merged import merge_to_folder
 from paca.messages.errors import PacaError
 from paca.planning import estimate
+from paca.planning.memory_estimate import FRAMEWORK_BYTES
 from paca.pretrained.generation import load_for_generation, load_saved, stream_reply
 from paca.pretrained.purpose import classifier_in
 from paca.training import RunResult, load_run_config, train
@@ -249,7 +250,8 @@ def test_a_plan_of_images_counts_images(workspace: Path) -> None:
 def test_a_search_for_what_fits_leaves_a_classifiers_weights_as_they_are(workspace: Path) -> None:
     """In 4 bits they might fit sooner, but the new head would be quantized before it is trained."""
     command = ["plan", str(workspace / "image_classification.yaml"), "--rate", "1", "--bandwidth", "1"]
-    found = CliRunner().invoke(app, [*command, "--memory", "661MiB", "--json"])
+    just_above = f"{FRAMEWORK_BYTES['cpu'] // 2**20 + 1}MiB"
+    found = CliRunner().invoke(app, [*command, "--memory", just_above, "--json"])
     assert found.exception is None
     assert {one["setting"]["quantization"] for one in json.loads(found.stdout)["candidates"]} == {None}
     refused = CliRunner().invoke(app, [*command, "--quantization", "nf4"])
