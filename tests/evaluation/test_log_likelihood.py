@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from models import llama
+from models import adapt, gpt2, llama
+from paca.evaluation import log_likelihood
 from paca.evaluation.completions import completions
 from paca.evaluation.log_likelihood import Continuation, likelihoods
 from paca.messages.errors import PacaError
@@ -21,6 +22,28 @@ def test_a_model_whose_output_is_nan_is_refused_by_name() -> None:
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(PacaError, match=r"output is NaN, in float32, so that nothing can be scored"):
         likelihoods(model, [Continuation([1, 2], [3])], batch_size=1)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, lambda: adapt(llama())])
+def test_long_answers_are_scored_in_pieces_of_one_pass(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of all their tokens would be the largest tensor of an evaluation."""
+    model, words = make().eval(), random.Random(0)
+    asked = [Continuation([1, 2, 3][:n], words.choices(range(64), k=length)) for n, length in ((1, 29), (3, 8), (2, 1))]
+    monkeypatch.setattr(log_likelihood, "TOGETHER", 12)
+    passes, made = [], []
+    model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(1))
+    model.get_output_embeddings().register_forward_hook(lambda *_: made.append(_[2].shape[:2].numel()))
+    found = likelihoods(model, asked, batch_size=3)
+    assert len(passes) == 1
+    assert sum(made) == 3 * 29
+    assert max(made) <= 12
+    for one, (prompt, answer) in zip(found, asked, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, -len(answer) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+        assert one.log_probability == pytest.approx(float(wanted), abs=1e-4)
+        assert one.tokens == len(answer)
+        assert one.correct == (logits.argmax(-1) == torch.tensor(answer)).sum()
 
 
 LEARNED = [PromptTuningConfig, PrefixTuningConfig, CartridgeConfig]

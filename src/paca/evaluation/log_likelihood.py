@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -16,6 +18,9 @@ from paca.evaluation.batches import context_of, longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
 from paca.pretrained.generation_settings import learns_a_prompt
+
+TOGETHER = 512
+"""Tokens whose logits are made at once: at 128k words 128 MiB of 16-bit ones."""
 
 
 class Continuation(NamedTuple):
@@ -92,24 +97,47 @@ def _score(model: Any, batch: list[Continuation]) -> list[Likelihood]:
     tokens = pad_sequence(rows, batch_first=True)
     targets = pad_sequence(answers, batch_first=True, padding_value=IGNORED)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    # Only the positions from the first answer on: at 128k words, logits of all would be the largest tensor by far.
+    # Only the positions from the first answer on, a few of each row at a time: at 128k words, logits of all would be
+    # the largest tensor by far (8 texts of 1,262 tokens with SmolLM2-135M in bfloat16: 1.8 GiB, and 0.5 so).
     # By their indices: of a slice, which isn't contiguous, a CPU makes the logits with a copy of the head for each row.
     kept = torch.arange(min(len(entry.prompt) - 1 for entry in batch), tokens.shape[1])
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     takes = inspect.signature(plain.forward).parameters
     all_of_them = learns_a_prompt(model) or "logits_to_keep" not in takes  # tokens of its own come before these
-    only = {} if all_of_them else {"logits_to_keep": kept.to(model.device)}
-    logits = model(
-        input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **only
-    ).logits[:, -len(kept) :]
-    targets = targets[:, -len(kept) :].to(logits.device)
+    body = plain.get_decoder()
+    pieces = [kept] if all_of_them or body is plain else kept.split(max(TOGETHER // len(batch), 1))
+    inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
+    found = []
+    with _once(body):
+        for piece in pieces:
+            only = {} if all_of_them else {"logits_to_keep": piece.to(model.device)}
+            logits = model(**inputs, **only).logits[:, -len(piece) :]
+            # One row at a time: a float32 copy of all logits would take twice the memory of 16-bit ones again.
+            found.append([_likelihood(*of) for of in zip(logits, targets[:, piece].to(logits.device), strict=True)])
+            del logits  # before the next are made
+    return [Likelihood(*map(sum, zip(*parts, strict=True))) for parts in zip(*found, strict=True)]
+
+
+@contextmanager
+def _once(body: Any) -> Iterator[None]:
+    """A model's `body` gives what it gave first: its model, called again for other logits, makes only these anew."""
+    forward = body.forward
+    given: list[Any] = []
+
+    @wraps(forward)
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not given:
+            given.append(forward(*args, **kwargs))
+        return given[0]
+
+    with patch.object(body, "forward", first):
+        yield
+
+
+def _likelihood(logits: torch.Tensor, targets: torch.Tensor) -> Likelihood:
+    """Of `logits` `(tokens, words)` and `targets` `(tokens,)`, of which some are no part of an answer."""
     counted = targets != IGNORED
-    # One row at a time: a float32 copy of all logits would take twice the memory of 16-bit ones again.
-    return [_likelihood(logits[row][counted[row]], targets[row][counted[row]]) for row in range(len(batch))]
-
-
-def _likelihood(logits: torch.Tensor, answer: torch.Tensor) -> Likelihood:
-    """Of `logits` `(tokens, words)` and `answer` `(tokens,)`."""
+    logits, answer = logits[counted], targets[counted]
     total = float(torch.log_softmax(logits.float(), dim=-1).gather(1, answer[:, None]).sum())
     if math.isnan(total):  # else each comparison with it would be false, and the first option the best
         raise PacaError(
