@@ -108,6 +108,16 @@ def words_of_a_loss(tmp_path: Path) -> str:
     return str(caught.value)
 
 
+def words_of_weights(tmp_path: Path) -> str:
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(model.weight, torch.inf)
+    with pytest.raises(PacaError) as caught:
+        StopOnNonFiniteLoss().on_train_end(
+            TrainingArguments(str(tmp_path)), TrainerState(global_step=3), TrainerControl(), model=model
+        )
+    return str(caught.value)
+
+
 def words_of_scoring(_: Path) -> str:
     with pytest.raises(PacaError) as caught:
         _likelihood(torch.full((1, 4), torch.nan), torch.tensor([1]))
@@ -120,7 +130,7 @@ def words_of_drawing(_: Path) -> str:
     return f"RuntimeError: {caught.value}"
 
 
-@pytest.mark.parametrize("words", [words_of_a_loss, words_of_scoring, words_of_drawing])
+@pytest.mark.parametrize("words", [words_of_a_loss, words_of_weights, words_of_scoring, words_of_drawing])
 def test_what_a_run_says_that_diverged_is_known(words: Any, tmp_path: Path) -> None:
     assert diverged(failure(9e-3, words(tmp_path)))
     assert not diverged(failure(9e-3, "The training loss has no column at step 3"))

@@ -466,9 +466,21 @@ def test_examples_without_a_label_may_be_left_out(run: Runner, config_file: Path
 
 def test_a_loss_that_is_not_a_number_ends_the_run(run: Runner, tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"The training loss is (nan|inf) at step \d+.*now 1e\+30"):
-        run("a", "train.learning_rate=1e30", "train.max_grad_norm=0")
+        run("a", "train.learning_rate=1e30", "train.max_grad_norm=0", "train.save_strategy=no")
     assert rows(tmp_path / "a")[-1]["loss"] is None
     assert not (tmp_path / "a" / "summary.json").exists()
+
+
+def test_a_last_step_that_leaves_no_numbers_ends_the_run(run: Runner, tmp_path: Path) -> None:
+    """Its own loss is that of the weights before it, and an adapter of NaN can't be loaded."""
+    given = ("train.learning_rate=1e39", "train.max_grad_norm=0", "train.warmup_steps=0")
+    with pytest.raises(PacaError, match=r"not finite after step 1: .*paca_delta.* They are not saved"):
+        run("a", "train.max_steps=1", "train.save_strategy=no", *given)
+    assert [row["loss"] for row in rows(tmp_path / "a") if "loss" in row] == [pytest.approx(4, abs=3)]
+    assert not (tmp_path / "a" / "adapter").exists()
+    with pytest.raises(PacaError, match="not finite after step 1"):
+        run("b", "train.save_steps=1", *given)
+    assert not [*(tmp_path / "b").glob("checkpoints/checkpoint-*")]
 
 
 @pytest.mark.parametrize(

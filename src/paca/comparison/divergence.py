@@ -7,7 +7,7 @@ import re
 from paca.comparison.rows import Row
 
 _SAID = re.compile(
-    r"training loss is (nan|-?inf) at step"  # `paca.training.finite_loss`
+    r"training loss is (nan|-?inf) at step|weights are not finite after step"  # `paca.training.finite_loss`
     r"|model's output is NaN"  # `paca.evaluation.log_likelihood`, by weights whose last losses were finite
     r"|probability tensor contains either `inf`, `nan`"  # torch, where grpo draws words from such an output
 )
