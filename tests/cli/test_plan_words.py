@@ -39,11 +39,7 @@ def test_times_of_a_busy_machine_are_told_with_its_load(base: str, monkeypatch: 
 
 def test_what_malloc_keeps_is_said_of_a_cpu_alone(base: str) -> None:
     kept = "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed."
-    plain = plan(base, "--device", "cpu", "--rate", "1", "--quantization", "none")
-    assert kept in plain
-    assert "Pages of the checkpoint's file" not in plain
-    pages = f"{kept} Pages of the checkpoint's file come on top, until the system takes them back."
-    assert pages in plan(base, "--device", "cpu", "--rate", "1", "--quantization", "nf4")
+    assert kept in plan(base, "--device", "cpu", "--rate", "1", "--quantization", "none")
     assert "malloc" not in plan(base, "--device", "cuda", "--rate", "1", "--memory", "8GiB", "--quantization", "none")
 
 

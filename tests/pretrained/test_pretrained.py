@@ -626,6 +626,15 @@ def test_a_checkpoint_that_is_quantized_is_loaded_where_it_is_used(
     assert asked.call_args.kwargs.get("device_map") == ({"": "cuda:0"} if quantized else None)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_checkpoint_that_is_quantized_as_it_is_loaded_is_let_go(base: Path, tmp_path: Path) -> None:
+    """What is left as it was would be a view of its file, and keep all of that in memory."""
+    shutil.copytree(base, tmp_path / "checkpoint")
+    loaded = load_pretrained(str(tmp_path / "checkpoint"), quantization="nf4")
+    assert loaded.model.get_input_embeddings().weight.isfinite().all()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_config_that_has_no_padding_token_gets_the_tokenizers(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     shape = transformers.RwkvConfig(

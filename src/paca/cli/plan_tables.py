@@ -64,8 +64,6 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
     say(console, f"Kept from the forward pass for the backward pass: {format_bytes(result.activations)}.")
     if setting.device == "cpu":
         kept = "The process's peak may be up to about a tenth above the total, as malloc keeps what is freed."
-        if setting.quantization is not None:
-            kept += " Pages of the checkpoint's file come on top, until the system takes them back."
         say(console, kept)
     from paca.planning.memory_estimate import PROGRAMS
 

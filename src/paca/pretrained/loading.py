@@ -132,6 +132,8 @@ def load_pretrained(
     elif labels is not None:
         made_anew(model, found["missing_keys"], location.name_or_path)
     quantizing.keep_trainable(model)
+    if quantization is not None:
+        quantizing.unmap(model)
     if location.source == "gguf":
         gguf.check_is_plain(model, location.name_or_path)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):

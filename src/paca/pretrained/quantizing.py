@@ -103,6 +103,13 @@ def keep_trainable(model: PreTrainedModel) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
+def unmap(model: nn.Module) -> None:
+    """Copy what was not quantized out of the checkpoint's file: a view of it keeps all of the file in memory."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def quantize_outline(model: PreTrainedModel, quantization: str | None) -> PreTrainedModel:
     """Put quantized layers into `model`, without adapters and on the meta device, in place.
 
