@@ -98,6 +98,25 @@ def check_refused(folder, how, error=ValueError):
     check_unchanged(model, before, want)
 
 
+def made(model, folder):
+    get_peft_model(model, PacaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+LOADED = [PeftModel.from_pretrained, functools.partial(PeftModel.from_pretrained, low_cpu_mem_usage=True)]
+
+
+@pytest.mark.parametrize("adapt_it", [made, *LOADED], ids=["made", "loaded", "loaded in the place of meta tensors"])
+def test_an_adapter_of_a_model_that_generates_on_one_that_does_not(tmp_path, adapt_it):
+    save(tmp_path, modules=())
+    model = llama(**SHARED).model  # as AutoModel loads it
+    model.norm.weight.requires_grad_(False)
+    before, want = look_of(model), model(tokens()).last_hidden_state
+    with pytest.raises(ValueError, match="LlamaModel has no prepare_inputs_for_generation"):
+        adapt_it(model, tmp_path)
+    assert look_of(model) == before
+    assert torch.equal(model(tokens()).last_hidden_state, want)
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_what_is_not_broken_loads(tmp_path, how):
     save(tmp_path)

@@ -178,8 +178,7 @@ class ResidentColumns(ActiveColumns):
     def wrote(self, weight: Tensor, state: State) -> None:
         """Note that the columns of `state` were written."""
         self._set_state(state)
-        self.parked, self.half_written = None, False
-        self._left_as = identity(weight)
+        self.parked, self.half_written, self._left_as = None, False, identity(weight)
 
     def compare(self, weight: Tensor) -> None:
         """Look whether deltas were written in a way that nobody saw: whether they still give what was written."""

@@ -69,8 +69,7 @@ class ModelEntry(Entry):
                 write_layers(every if changed or STEPPING else untrusted, compare=True)
                 write_layers([layer for layer in self.layers if layer.stale()])
             except BaseException:
-                self.unwritten = True
-                self.seen = None
+                self.unwritten, self.seen = True, None
                 raise
 
     @torch.compiler.disable
@@ -130,12 +129,14 @@ def remove(model: nn.Module) -> None:
                 model._forward_hooks_always_called.pop(key, None)
 
 
-def install_in_holder(tuner: nn.Module, model: nn.Module) -> None:
-    """Let the `PeftModel` whose constructor makes `tuner`, and hands it to nobody, look too: it may be compiled."""
+def install_in_holder(tuner: nn.Module, model: nn.Module, refuse: Any) -> None:
+    """Let the `PeftModel` whose constructor makes `tuner` look too (it may be compiled), or `refuse` it."""
 
     def found(holder: nn.Module, name: str, module: nn.Module) -> None:
         if module is waiting() and (entry := entry_of(model)) is not None:
             handle.remove()
+            if hasattr(holder, "prepare_inputs_for_generation") and not hasattr(model, "prepare_inputs_for_generation"):
+                refuse(module, model, holder)
             holder.register_forward_pre_hook(entry.enter_compiled, prepend=True)
 
     handle = register_module_module_registration_hook(found)

@@ -24,7 +24,7 @@ from paca.tuner.offloaded_files import refuse_overwriting
 from paca.tuner.recorded_quantization import note_quantization
 from paca.tuner.reference import REFERENCE, columns_of_original, copy_original
 from paca.tuner.registration import PREFIX, as_ours
-from paca.tuner.removal import remove_adapter, remove_unloaded, replacing
+from paca.tuner.removal import refuse_to_generate, remove_adapter, remove_unloaded, replacing
 from paca.tuner.rotation.files import with_unions, without_unions
 from paca.tuner.saved_modules import check_saved_modules
 from paca.tuner.strange_expressions import try_expressions
@@ -43,7 +43,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         with replacing(model, *args, **kwargs) if hasattr(model, "peft_config") else contextlib.nullcontext():
             super().__init__(model, *args, **kwargs)
-        entry.install_in_holder(self, model)
+        entry.install_in_holder(self, model, refuse_to_generate)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]

@@ -130,3 +130,16 @@ def remove_unloaded(model: Any, adapter_name: str, config: Any) -> None:
     """Take out an adapter that was only just put into a `PeftModel`, or a model without one, to be loaded into."""
     tuner = getattr(model, "base_model", None)
     remove_adapter(tuner.model if isinstance(tuner, BaseTuner) else model, model.peft_config, adapter_name, config)
+
+
+def refuse_to_generate(tuner: BaseTuner, model: nn.Module, holder: PeftModel) -> None:
+    """Take out the adapter that was just put into `model`, and raise `ValueError`: what PEFT makes around it, by the
+    adapter's task, generates text, and the model does not."""
+    name = tuner.active_adapters[0]
+    remove_adapter(model, tuner.peft_config, name, tuner.peft_config[name])
+    kind, wanted = type(model).__name__, type(holder).__name__
+    raise ValueError(
+        f"The task_type of adapter {name!r} asks for a {wanted}, which generates text, and {kind} has no "
+        "prepare_inputs_for_generation. Load the model with its head (AutoModelForCausalLM, or AutoModelForSeq2SeqLM); "
+        "or give an adapter that is made for this model no task_type."
+    )
