@@ -72,6 +72,20 @@ def test_the_selection_needs_no_weight(tmp_path):
     torch.testing.assert_close(model(tokens()).logits, want(tokens()).logits)
 
 
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_layers_that_are_offloaded_one_by_one(offload, tmp_path):
+    expected = adapt(llama().eval(), target_modules=["q_proj", "down_proj"])
+    expected.save_pretrained(tmp_path)
+    model = llama().eval()
+    for number, module in enumerate([m for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))]):
+        offload(module, *([] if offload is cpu_offload else [tmp_path / str(number)]))
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
+    assert {layer.mode for layer in paca_layers(loaded)} == ADDITIVE
+    torch.testing.assert_close(loaded(tokens()).logits, expected(tokens()).logits)
+    for (name, gradient), want in zip(gradients(loaded).items(), gradients(expected).values(), strict=True):
+        torch.testing.assert_close(gradient, want, msg=name)
+
+
 @offloading
 def test_outputs_and_gradients_are_those_of_a_model_in_memory(offload: Offload, modes, tmp_path, expected):
     model = adapt(offload(llama().eval(), tmp_path))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from paca.layers.offloading_hooks import has_offloaded_params
 from paca.layers.overlaid_weight import AdditiveWeight, OverlaidWeight, PatchedWeight, features
 from paca.quantized import quantization_of
 from paca.quantized.torchao import is_torchao

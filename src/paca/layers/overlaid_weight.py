@@ -29,6 +29,7 @@ from paca.functional.linear import LinearProduct
 from paca.functional.product import WeightSource
 from paca.functional.train_columns import in_dtype, train_columns
 from paca.layers.mixed_batch import current_mixed_batch
+from paca.layers.offloading_hooks import execution_device
 from paca.layers.resident_weight import rebind_forward
 from paca.quantized import QuantizedWeight, quantization_of
 
@@ -261,8 +262,7 @@ class AdditiveWeight(OverlaidWeight):
     def weight_placement(self) -> tuple[torch.device, torch.dtype]:
         tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
         floats = [t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1]
-        hook = getattr(self, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
+        device = execution_device(self)
         if device is None:
             device = next((t.device for t in tensors if t.device.type != "meta"), torch.device("cpu"))
         return torch.device(device), floats[0] if floats else torch.float32

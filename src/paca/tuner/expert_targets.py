@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from accelerate.utils import has_offloaded_params
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.integrations import init_empty_weights
 from torch import nn
 
 from paca.layers.experts import PacaExpertStack, is_transposed, stack_of
+from paca.layers.offloading_hooks import has_offloaded_params
 from paca.messages.nearest import did_you_mean
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
