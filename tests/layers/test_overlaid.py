@@ -324,6 +324,18 @@ def test_copies_and_pickles_compute_the_same(kind, pickled):
     assert not torch.equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4"])
+def test_a_copy_of_an_unpickled_model_merges(kind):
+    model = adapted(kind)
+    again = copy.deepcopy(pickle.loads(pickle.dumps(model)))  # bitsandbytes' class of weights is lost on the way
+    for one in (model, again):
+        one.merge_adapter()
+    assert torch.equal(again(inputs()), model(inputs()))
+    for one in (model, again):
+        one.unmerge_adapter()
+    assert torch.equal(again(inputs()), model(inputs()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("noticed", ["refresh", "eval", "backward"])
 def test_what_no_version_counter_shows_is_seen_as_with_plain_weights(kind, noticed):

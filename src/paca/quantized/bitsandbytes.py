@@ -51,14 +51,14 @@ class FourBit(QuantizedWeight):
     def replace(self, module: Any, weight: Tensor) -> Any:
         from bitsandbytes.nn import Params4bit
 
-        old, old_state = module.weight, module.quant_state
+        old, old_state, settings = module.weight, module.quant_state, self._state(module)
         fresh: Any = Params4bit(
-            weight.to(self.stored_dtype(module)),
+            weight.to(settings.dtype),
             requires_grad=False,
-            blocksize=old.blocksize,
-            compress_statistics=old.compress_statistics,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
+            blocksize=settings.blocksize,  # of the state: a copied weight may have lost its own
+            compress_statistics=settings.nested,
+            quant_type=settings.quant_type,
+            quant_storage=old.dtype,
             module=module,
         )
         module.weight = fresh.to(device=weight.device)  # the move quantizes
