@@ -728,6 +728,10 @@ def test_memory_that_two_modules_share_is_refused_as_a_target():
     with pytest.raises(ValueError, match="lin1 shares its weight"):
         adapt(model, target_modules=["lin1"])
     model = perceptron()
+    model.register_buffer("kept", model.lin1.weight.data[:5])  # what reads it would read columns
+    with pytest.raises(ValueError, match="lin1 shares its weight"):
+        adapt(model, target_modules=["lin1"])
+    model = perceptron()
     model.again = model.lin1
     with pytest.raises(ValueError, match=r"lin1 is one module under 2 names \(lin1, again\)"):
         adapt(model, target_modules=["lin1"])

@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from paca.config import PacaConfig
@@ -51,10 +51,10 @@ class PacaModel(AdaptsStacks, MergesAdapters):
             config = self.peft_config[adapter_name] = as_ours(config, PacaConfig)
         config.reading = folder_being_read() or (config.folder if config.loading else None)
         config.trainable_before = {name: p.requires_grad for name, p in model.named_parameters()}
-        # How many names a module has, and how many parameters are in one memory.
+        # How many names a module has, and how many parameters and buffers are in one memory.
         self._uses: Counter[Any] = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-        modules = model.modules()
-        self._uses.update(_memory_of(p) for m in modules for p in m._parameters.values() if type(p) is nn.Parameter)
+        tensors: Any = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()))
+        self._uses.update(_memory_of(t) for t in tensors if type(t) in (nn.Parameter, Tensor) and t.layout == strided)
         try:
             check_name(adapter_name)
             if config.reading is not None:
@@ -202,6 +202,6 @@ def _is_rotated(model: nn.Module, adapter_name: str) -> bool:
     return any(adapter_name in layer.folded for layer in paca_layers(model))
 
 
-def _memory_of(parameter: nn.Parameter) -> Any:
+def _memory_of(parameter: Tensor) -> Any:
     """What two parameters have in common that share memory, or are views of the same."""
     return parameter.untyped_storage()._cdata

@@ -153,7 +153,9 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
             f"{key} has a weight in which several values are the same memory (an expanded tensor), so that a column "
             "can't be written. Give it memory of its own first: layer.weight = nn.Parameter(layer.weight.clone())."
         )
-    others = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    others: list[Any] = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    plain = (b for b in model.buffers() if type(b) is torch.Tensor and b.layout == torch.strided)
+    others += [b for b in plain if b.dtype == weight.dtype]
     if sum(p is weight for p in others) > 1 or any(_overlap(weight, p) for p in others if p is not weight):
         raise ValueError(
             f"{key} shares its weight with another module (tied weights), which would silently be trained along. "
@@ -163,8 +165,8 @@ def resident_class_of(target: Any, key: str, model: nn.Module) -> type[ResidentW
     return resident
 
 
-def _overlap(weight: nn.Parameter, other: nn.Parameter) -> bool:
-    """Whether two parameters have memory in common; views of one tensor need not."""
+def _overlap(weight: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two parameters (or buffers) have memory in common; views of one tensor need not."""
     if weight.untyped_storage()._cdata != other.untyped_storage()._cdata:
         return False
     (first, end), (other_first, other_end) = map(_range_of, (weight, other))
@@ -176,7 +178,7 @@ def _overlap(weight: nn.Parameter, other: nn.Parameter) -> bool:
     return bool(taken.as_strided(other.shape, other.stride(), other_first - start).any())
 
 
-def _range_of(parameter: nn.Parameter) -> tuple[int, int]:
+def _range_of(parameter: torch.Tensor) -> tuple[int, int]:
     """The first value's place in its memory, and the place after the last one's."""
     first = int(parameter.storage_offset())
     return first, first + 1 + sum(int(n - 1) * int(s) for n, s in zip(parameter.shape, parameter.stride(), strict=True))
