@@ -20,13 +20,19 @@ COMMIT = "a" * 40
 
 @contextmanager
 def serving(
-    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, cache: Path, kind: str = "datasets"
+    folder: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+    kind: str = "datasets",
+    refuses: tuple[int, dict[str, str]] | None = None,
 ) -> Iterator[None]:
-    """Serve the files of `folder` as the dataset `name`, or the repository of `"models"`, to the hub's client."""
+    """Serve the files of `folder` as the dataset `name`, or the repository of `"models"`, to the hub's client; or
+    answer all with a status and headers."""
 
     class Hub(_Hub):
         root = folder
-        dataset, api_of = name, kind
+        dataset, api_of, always = name, kind, refuses
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -49,6 +55,7 @@ class _Hub(BaseHTTPRequestHandler):
     root: Path
     dataset: str
     api_of: str
+    always: tuple[int, dict[str, str]] | None
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -63,7 +70,10 @@ class _Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         place = f"{self.api_of}/{self.dataset}"
         api, files = f"/api/{place}", f"/{place.removeprefix('models/')}/resolve/"
-        if path.startswith(f"{api}/tree/"):
+        if self.always is not None:
+            status, headers = self.always
+            self._send(b"{}", with_body, status=status, **headers)
+        elif path.startswith(f"{api}/tree/"):
             folder = self.root / path.removeprefix(f"{api}/tree/").partition("/")[2]
             if not folder.is_dir():
                 self._send(b"", with_body, status=404, **{"X-Error-Code": "EntryNotFound"})

@@ -8,10 +8,12 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
+from data.loopback_hub import serving
 from paca.data import load_examples
 from paca.data.hub import without_waiting_for_the_hub
 from paca.evaluation.task_files import load_tasks
 from paca.messages.errors import PacaError
+from paca.pretrained.loading import load_pretrained
 
 
 @pytest.fixture
@@ -44,3 +46,32 @@ def test_who_works_offline_is_not_asked(waits: list[float], monkeypatch: pytest.
     with without_waiting_for_the_hub() as answers:
         assert not answers
     assert waits == []
+
+
+@pytest.mark.usefixtures("waits")
+@pytest.mark.parametrize(
+    ("status", "headers", "advice"),
+    [
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "wrong or has expired: log in anew"),
+        (403, {}, "may not read it: log in with one that may"),
+        (429, {"Retry-After": "1"}, "too many requests from here: wait for some minutes"),
+        (500, {}, "Try again later"),
+    ],
+)
+def test_one_that_answers_with_an_error_is_not_called_unreachable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int, headers: dict[str, str], advice: str
+) -> None:
+    with serving(tmp_path, "some/data", monkeypatch, tmp_path / "cache", refuses=(status, headers)):
+        for load in (load_examples, load_pretrained):
+            with pytest.raises(PacaError, match=rf"answers {status} .*{advice}.*\.$") as raised:
+                load("some/data")
+            assert "tokenizer" not in str(raised.value)
+
+
+def test_gated_data_is_called_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gated = (403, {"X-Error-Code": "GatedRepo"})
+    with (
+        serving(tmp_path, "some/data", monkeypatch, tmp_path / "cache", refuses=gated),
+        pytest.raises(PacaError, match="is gated on the hub"),
+    ):
+        load_examples("some/data")

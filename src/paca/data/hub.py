@@ -10,13 +10,15 @@ from unittest.mock import patch
 import datasets
 from huggingface_hub import constants
 
-from paca.pretrained.hub import why_silent
+from paca.pretrained.hub import refusal, why_silent
 
 
 @contextmanager
 def without_waiting_for_the_hub() -> Iterator[bool]:
     """A block in which `datasets` reads its local cache alone where the hub does not answer; gives whether it does."""
-    answers = not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+    answers = (
+        not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and _silence(constants.ENDPOINT) is None
+    )
     with (
         patch.object(constants, "HF_HUB_OFFLINE", not answers),
         patch.object(datasets.config, "HF_HUB_OFFLINE", not answers),
@@ -24,6 +26,12 @@ def without_waiting_for_the_hub() -> Iterator[bool]:
         yield answers
 
 
+def error_instead(name: str) -> str | None:
+    """The message where the hub does not answer but with an error, and `name` was to come from it; else None."""
+    silence = None if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+    return None if silence is None else refusal(name, silence)
+
+
 @cache
-def _answers(endpoint: str) -> bool:
-    return why_silent(endpoint) is None
+def _silence(endpoint: str) -> Exception | None:
+    return why_silent(endpoint)

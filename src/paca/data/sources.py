@@ -16,10 +16,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from paca.data.file_content import add_file
 from paca.data.file_names import SUFFIXES, is_here_or_nowhere, neighbour_hint, not_there, suffix_of
-from paca.data.hub import without_waiting_for_the_hub
+from paca.data.hub import error_instead, without_waiting_for_the_hub
 from paca.data.named_columns import renamed
 from paca.data.rows import Row, rows_of, with_label_names, without_null_fields
 from paca.messages.errors import PacaError
+from paca.pretrained.hub import refusal
 
 _NOTES = ("dataset_info.json", "dataset_infos.json")
 """Beside data files, about them."""
@@ -202,20 +203,27 @@ def load_from_hub(name: str, split: str) -> datasets.Dataset | None:
     try:
         with without_waiting_for_the_hub():
             return datasets.load_dataset(match["id"], match["config"], split=split)
-    except ConnectionError as error:
-        raise PacaError(
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise PacaError(_why_not_loaded(name, split, error)) from error
+
+
+def _why_not_loaded(name: str, split: str, error: Exception) -> str:
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        if "gated dataset" in str(error):
+            return f"{name!r} is gated on the hub. Accept its terms there, then log in with `hf auth login`."
+        return (
+            f"There is no {name!r}: no such file or folder here, and no such (public) dataset on the hub. Check the "
+            "name; for a private dataset log in with `hf auth login`."
+        )
+    if (answered := refusal(name, error)) is not None:
+        return answered
+    if isinstance(error, ConnectionError):
+        return error_instead(name) or (
             f"There is no data file or folder {name!r} here.{neighbour_hint(name)} It looks like a dataset on "
             "the hub, but the hub cannot be reached and there is no copy in the local cache. Connect to the internet, "
             "or give a file."
-        ) from error
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise PacaError(
-            f"There is no {name!r}: no such file or folder here, and no such (public) dataset on the hub. Check the "
-            "name; for a private dataset log in with `hf auth login`."
-        ) from error
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise PacaError(
-            f"The dataset {name!r} on the hub cannot be loaded: {str(error).strip()}\n"
-            "A configuration is given as owner/name:config, a split as owner/name[split] (default: "
-            f"{split!r})."
-        ) from error
+        )
+    return (
+        f"The dataset {name!r} on the hub cannot be loaded: {str(error).strip()}\n"
+        f"A configuration is given as owner/name:config, a split as owner/name[split] (default: {split!r})."
+    )

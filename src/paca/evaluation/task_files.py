@@ -11,7 +11,7 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from lm_eval.tasks import TaskManager
 
-from paca.data.hub import without_waiting_for_the_hub
+from paca.data.hub import error_instead, without_waiting_for_the_hub
 from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean, did_you_mean_path
 
@@ -89,7 +89,9 @@ def _load(manager: TaskManager, name: str, file: Path | None) -> list[Any]:
                 "dataset_kwargs: data_files)."
             )
             if not answers:
-                reason = "the hub cannot be reached, and the local cache does not hold all of its data."
+                reason = error_instead(name) or (
+                    "the hub cannot be reached, and the local cache does not hold all of its data."
+                )
         raise PacaError(f"The task {name} cannot be loaded: {reason}\n{advice}") from error
     members = {member for group in found.get("groups", {}).values() for member in group.child_names}
     top: list[Any] = [group for key, group in found.get("groups", {}).items() if key not in members]

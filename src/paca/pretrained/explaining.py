@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from paca.messages.errors import PacaError, first_line, is_failure
 from paca.pretrained.gguf import check_file
-from paca.pretrained.hub import unreachable, without_waiting
+from paca.pretrained.hub import causes, refusal, unreachable, without_waiting
 from paca.pretrained.location import TOKENIZER_FILES, Location, neighbour_hint, tokenizer_files
 
 _OTHER_TOKENIZER = (
@@ -63,12 +63,10 @@ def _check_files(folder: Path) -> None:
 
 
 def _hub_message(name: str, what: str, error: BaseException) -> str:
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
-        causes.append(cause)
+    chain = causes(error)
 
     def caused_by(kind: type[BaseException]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
+        return any(isinstance(cause, kind) for cause in chain)
 
     if caused_by(GatedRepoError):  # a kind of RepositoryNotFoundError
         return f"{name!r} is gated on the hub. Accept its terms there, then log in with `hf auth login`."
@@ -79,6 +77,8 @@ def _hub_message(name: str, what: str, error: BaseException) -> str:
             f"There is no {name!r}: no such file or folder here, and no such (public) repository on the hub."
             f"{neighbour_hint(name)} Check the name; for a private repository log in with `hf auth login`."
         )
+    if (answered := refusal(name, error)) is not None:
+        return answered
     if "couldn't connect" in str(error).lower() or caused_by(ConnectionError):
         return unreachable(name)
     advice = f"\n{_OTHER_TOKENIZER}" if what == "tokenizer" else ""

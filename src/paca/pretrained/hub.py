@@ -11,7 +11,12 @@ from unittest.mock import patch
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import http_backoff
 
 from paca.messages.errors import PacaError, first_line
@@ -20,6 +25,12 @@ from paca.pretrained.location import Location, neighbour_hint
 logger = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 10.0
+_ADVICE = {
+    401: "The token of this login (HF_TOKEN, or of `hf auth login`) is wrong or has expired: log in anew, or without "
+    "one where all is public (`hf auth logout`).",
+    403: "The token of this login may not read it: log in with one that may (`hf auth login`).",
+    429: "It has had too many requests from here: wait for some minutes; a login has more (`hf auth login`).",
+}
 
 
 @contextmanager
@@ -46,13 +57,14 @@ def only_from_cache(name: str, revision: str | None) -> bool:
     files = ("config.json", "tokenizer_config.json", "adapter_config.json")  # of a model, a tokenizer, an adapter
     cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
     if not any(isinstance(file, str) for file in cached):
-        raise PacaError(unreachable(name)) from error
+        raise PacaError(refusal(name, error) or unreachable(name)) from error
     logger.warning("The hub cannot be reached (%s); reading %r from the local cache.", error, name)
     return True
 
 
 def why_silent(url: str) -> Exception | None:
-    """Why the hub gives no answer at `url`, for which it has seconds; None if it gives one."""
+    """Why the hub gives no answer at `url`, for which it has seconds, or is too busy or too broken for one; None if it
+    gives one."""
     try:
         with patch.object(logging.getLogger("huggingface_hub.utils._http"), "disabled", True):
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
@@ -73,7 +85,8 @@ def has_adapter(name: str, revision: str | None) -> bool:
         except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             return False  # of a repository that is missing or gated, a model's loader tells
         except Exception as error:  # of the hub's client, and of whichever HTTP library it is made with
-            raise PacaError(f"The repository {name!r} on the hub cannot be read: {first_line(error)}") from error
+            said = refusal(name, error) or f"The repository {name!r} on the hub cannot be read: {first_line(error)}"
+            raise PacaError(said) from error
     return True
 
 
@@ -88,6 +101,25 @@ def check_holds_no_adapter(location: Location, revision: str | None) -> None:
             f"The repository {location.name_or_path!r} on the hub holds an adapter, which nobody has checked. Give the "
             "model it was trained on; `paca chat` and `paca evaluate` take the adapter itself."
         )
+
+
+def refusal(name: str, error: BaseException) -> str | None:
+    """The message for what the hub answered with an error; None where `error` came from no answer of it."""
+    answers = [cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)]
+    # Files that a repository may lack are asked for as well.
+    status = next((one.response.status_code for one in answers if not isinstance(one, EntryNotFoundError)), None)
+    if status is None:
+        return None
+    advice = _ADVICE.get(status, "Try again later" if status >= 500 else "Check the name, and HF_ENDPOINT if it is set")
+    return f"The hub ({constants.ENDPOINT}) answers {status} to the question for {name!r}. {advice.rstrip('.')}."
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error, what it came from, and so on."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None and cause not in found:
+        found.append(cause)
+    return found
 
 
 def unreachable(name: str) -> str:
