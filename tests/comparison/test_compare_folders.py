@@ -109,12 +109,29 @@ def test_a_run_alone_is_told_of(tmp_path: Path) -> None:
         compare_folders([alone], tmp_path / "report")
 
 
-@pytest.mark.parametrize("text", ['{"name": "a", ', "[1]"])
+@pytest.mark.parametrize("text", ['{"name": "a", ', "[1]", "[" * 100_000])
 def test_a_broken_summary_is_told_by_its_path(tmp_path: Path, text: str) -> None:
     paths = [run(tmp_path / "a", 4), run(tmp_path / "b", 8)]
     (paths[1] / "summary.json").write_text(text)
     with pytest.raises(PacaError, match=r"b.summary\.json (is broken|holds no JSON object)"):
         compare_folders(paths, tmp_path / "report")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"config": [1]}, {"config": {"train": None}}, {"model": None}, {"eval_loss_after": "low"}]
+)
+def test_a_summary_of_another_shape_is_told_by_its_path(tmp_path: Path, changed: dict[str, Any]) -> None:
+    paths = [run(tmp_path / "a", 4), run(tmp_path / "b", 8, **changed)]
+    with pytest.raises(PacaError, match=r"b.summary\.json is not as a run leaves it \(.* Train the run again"):
+        compare_folders(paths, tmp_path / "report")
+
+
+def test_damaged_records_of_a_finished_run_do_not_keep_it_from_being_compared(tmp_path: Path) -> None:
+    paths = [run(tmp_path / "a", 4), run(tmp_path / "b", 8)]
+    (paths[1] / "inputs.json").write_text('{"data.train": [1]}')
+    for content in (b"\xff\n", b"null\n", b'{"loss": 1.0}\n', b"[" * 100_000):
+        (paths[1] / "metrics.jsonl").write_bytes(content)
+        assert compare_folders(paths, tmp_path / "report").methods[1].rows[0]["score"] == 8.0
 
 
 def test_what_is_not_finite_is_null_in_the_rows(tmp_path: Path) -> None:

@@ -118,6 +118,14 @@ def test_rows_are_runs_too(tmp_path: Path) -> None:
         SettingsFile(small_comparison(tmp_path)).read()
 
 
+@pytest.mark.parametrize("content", [b'{"asked": ', b"[1]", b"\xff", b"{}"])
+def test_damaged_settings_are_told(tmp_path: Path, content: bytes) -> None:
+    comparison = begun(tmp_path)
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(PacaError, match=r"settings\.json is damaged.* Give another --output"):
+        SettingsFile(comparison).read()
+
+
 def test_without_runs_another_comparison_takes_the_folder_and_the_same_one_what_was_measured(tmp_path: Path) -> None:
     SettingsFile(small_comparison(tmp_path)).write(KEPT)
     assert SettingsFile(small_comparison(tmp_path)).read() == KEPT

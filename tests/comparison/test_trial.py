@@ -88,6 +88,8 @@ def test_what_was_measured_is_kept_for_the_call_after_one_that_was_stopped(
         ):
             with pytest.raises(FileNotFoundError, match="no-such-program"):
                 again()
+        (comparison.path / "trials" / "made.json").write_text('{"damaged')
+        assert trials_of(comparison, claim, FAKE, keep=True)(method, STEPS - WARM_UP).peak == found.peak
         for name in ("content_of", "versions"):  # of other data under the same names, by other libraries
             with monkeypatch.context() as patch:
                 patch.setattr(trial, name, lambda *_: {"something": "else"})

@@ -258,6 +258,16 @@ def test_a_run_that_was_killed_or_found_no_room_goes_on_with_the_next_call(
     assert {row["name"]: row["train_info"]["status"] for row in rows_in(out)} == dict.fromkeys(NAMES, "success")
 
 
+def test_a_run_whose_failure_can_not_be_read_is_tried_again(tmp_path: Path, uninterrupted: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted, out)
+    failed = out / "runs" / NAMES[3]
+    (failed / "summary.json").unlink()
+    (failed / "failed.json").write_text('{"exit')
+    small_work(out).run()
+    assert {row["name"]: row["train_info"]["status"] for row in rows_in(out)} == dict.fromkeys(NAMES, "success")
+
+
 def test_a_full_disk_stops_the_comparison_at_the_first_run_that_finds_it(tmp_path: Path, uninterrupted: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -37,11 +37,25 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
     if failure is None and not folder.finished():
         return None
     summary: dict[str, Any] = _summary(folder) if failure is None else {}
+    try:
+        row = _row(folder, method, config_file, failure, summary)
+        if any(isinstance(row[name], (str, list, dict)) for name in ("score", "loss", "steps", "learning_rate")):
+            raise TypeError("a text or a list where a number was expected")
+    except (AttributeError, TypeError) as error:
+        raise PacaError(
+            f"{folder.summary} is not as a run leaves it ({error}). Train the run again, or leave it out."
+        ) from error
+    return _finite(row)
+
+
+def _row(
+    folder: RunFolder, method: str, config_file: Path | None, failure: dict[str, Any] | None, summary: dict[str, Any]
+) -> Row:
     config = summary.get("config") or (read_yaml(config_file)[0] if config_file is not None else {})
     train = config.get("train", {})
     wanted = config.get("eval", {}).get("metric") or trainer_kind(train).score
     metric, score = score_of(summary, wanted)
-    row = {
+    return {
         "name": folder.path.name,
         "method": method,
         "learning_rate": train.get("learning_rate"),
@@ -99,13 +113,12 @@ def row_of(folder: RunFolder, method: str, config_file: Path | None = None) -> R
             "command": summary.get("command"),
         },
     }
-    return _finite(row)
 
 
 def _summary(folder: RunFolder) -> dict[str, Any]:
     try:
         found = folder.read_summary()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PacaError(f"{folder.summary} is broken ({error}). Train the run again, or leave it out.") from error
     if not isinstance(found, dict):
         raise PacaError(f"{folder.summary} holds no JSON object. Train the run again, or leave it out.")

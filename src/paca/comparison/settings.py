@@ -26,7 +26,7 @@ from paca.training.config.config_file import load_run_config
 from paca.training.config.learning_rate import AUTO
 from paca.training.config.run_config import CalibrationSection, RunConfig
 from paca.training.config.strict_yaml import read_yaml
-from paca.training.folder.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder, read_record
 from paca.training.trainers.reward_functions import reward_files
 
 EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"), ("memory", "time"))
@@ -195,7 +195,9 @@ class SettingsFile:
                     "are. Give another --output."
                 )
             return {}
-        before = json.loads(self.path.read_text(encoding="utf-8"))
+        before = read_record(self.path)
+        if not {"asked", "came_out"} <= before.keys():
+            raise PacaError(f"{self.path} is damaged, so nothing says what its runs are. Give another --output.")
         asked, now = before["asked"], self._asked
         asked = {**asked, "run": without_own(asked["run"])}  # they may come and go, as they have no effect
         asked["methods"] = {name: without_own(sections) for name, sections in asked["methods"].items()}

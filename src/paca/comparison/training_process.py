@@ -16,7 +16,7 @@ from paca.messages.disk import says_full
 from paca.pretrained.claims import Claim
 from paca.pretrained.out_of_memory import says_out_of_memory
 from paca.pretrained.whole_output import write_whole
-from paca.training.folder.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder, read_record
 
 PROGRAM = (sys.executable, "-m", "paca_command")
 FAILURE = "failed.json"
@@ -119,13 +119,9 @@ class TrainingProcess:
 
 
 def failure_of(folder: RunFolder) -> dict[str, Any] | None:
-    """What `failed.json` says of a run that did not finish; None where there is none."""
-    if folder.finished():
-        return None
-    try:
-        return json.loads((folder.path / FAILURE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    """What `failed.json` says of a run that did not finish; None where there is none, or a damaged one."""
+    found = {} if folder.finished() else read_record(folder.path / FAILURE)
+    return found if {"exit_status", "error_msg"} <= found.keys() else None
 
 
 def how_to_try_again(folder: RunFolder) -> str:

@@ -18,7 +18,7 @@ from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_o
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import write_whole
 from paca.training.folder.provenance import versions
-from paca.training.folder.run_folder import RunFolder
+from paca.training.folder.run_folder import RunFolder, read_record
 from paca.training.reporting.metrics import read_rows
 
 WARM_UP = 2
@@ -119,7 +119,7 @@ class _Known:
         self.measured_by = ["the longest batch" if count_memory else False, device, versions()]
         self.path = comparison.path / "trials" / "made.json"
         self.content = content_of(comparison.common)  # of data and model: another one may lie under the same name
-        self.found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        self.found: dict[str, Any] = read_record(self.path)
 
     def get(self, sections: Mapping[str, Any]) -> Trial | None:
         """The trial by these sections of a config."""

@@ -53,7 +53,7 @@ class RunFolder:
 
     def recorded_inputs(self) -> dict[str, str]:
         """Hashes of what the run's settings named, its data and its model among them; empty where they are unknown."""
-        return read_record(self.inputs)
+        return {key: found for key, found in read_record(self.inputs).items() if isinstance(found, str)}
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step; one cut short while it was written does not count."""

@@ -96,13 +96,15 @@ def _metrics_of(logs: dict[str, Any]) -> dict[str, float]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    """The rows of a metrics file, up to a line that is none: a crash may cut the last one short."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, TypeError, LookupError, RecursionError):
             break
+        rows.append(row)
     return rows
 
 
