@@ -111,6 +111,15 @@ def test_prompts_as_text_or_messages_stay_so(tmp_path: Path) -> None:
     assert load(tmp_path, "prompts", {"prompt": [USER]}).dataset[0]["prompt"] == [USER]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "why"), [("", "is empty"), (" ", "is empty"), (None, "is missing"), (3, "is a num")]
+)
+def test_a_prompt_of_nothing_is_refused(tmp_path: Path, prompt: object, why: str) -> None:
+    """GRPO ended with a traceback of torch's where the tokenizer puts no token before an empty one."""
+    with pytest.raises(PacaError, match=rf"line 2: prompt {why}(?!.*completion)"):
+        load(tmp_path, "prompts", {"prompt": "say"}, {"prompt": prompt})
+
+
 @pytest.mark.parametrize(("label", "expected"), [("good", "good"), (3, "3"), (True, "true")])
 def test_labels_are_names(tmp_path: Path, label: object, expected: str) -> None:
     assert load(tmp_path, "labels", {"text": "a", "label": label}).dataset[0]["label"] == expected
