@@ -186,6 +186,11 @@ def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PacaError, match="cannot be read as labelled images"):
         load_images(str(tmp_path / "empty"))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "metadata.csv").write_text("file_name,label\n../1.png,cat\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside" / "1.png")
+    with pytest.raises(PacaError, match=r"cannot be read as labelled images: .*'\.\./1\.png'"):
+        load_images(str(tmp_path / "outside"))
     (tmp_path / "data.csv").write_text("a,b\n")
     with pytest.raises(PacaError, match=r"Give a folder of images, or a .parquet file"):
         load_images(str(tmp_path / "data.csv"))

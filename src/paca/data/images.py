@@ -147,8 +147,10 @@ def _from_folder(folder: Path, split: str) -> datasets.Dataset:
             _check_all_in_folders(found)
             return found
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says no more than that
+        said = str(error.__cause__ if generating and error.__cause__ else error).strip()
         raise PacaError(
-            f"The folder {folder} cannot be read as labelled images: {str(error).strip()}\n"
+            f"The folder {folder} cannot be read as labelled images: {said}\n"
             f"Expected: {folder}/LABEL/image.png, {folder}/{asked}/LABEL/image.png, or beside images a metadata.csv or "
             "metadata.jsonl with file_name and label."
         ) from error
