@@ -74,7 +74,7 @@ def _from_sharegpt(row: Row) -> Example:
 def _from_prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": _some_text(completion, "completion"), **_options(row)}
+        return {"prompt": prompt, "completion": some_text(completion, "completion"), **_options(row)}
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise _refusal(None if None in (prompt, completion) else prompt)(
             f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; expected two strings, or two lists of "
@@ -93,11 +93,11 @@ def _from_alpaca(row: Row) -> Example:
     instruction = _text(row["instruction"], "instruction")
     given = _text(row.get("input") or "", "input")
     question = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return _question_and_answer(question, _some_text(row["output"], "output"))
+    return _question_and_answer(question, some_text(row["output"], "output"))
 
 
 def _from_question_answer(row: Row) -> Example:
-    question, answer = _text(row["question"], "question"), _some_text(row["answer"], "answer")
+    question, answer = _text(row["question"], "question"), some_text(row["answer"], "answer")
     return {**_question_and_answer(question, answer), **_options(row)}
 
 
@@ -114,7 +114,7 @@ def _from_query_response(row: Row) -> Example:
 
 
 def _from_text(row: Row) -> Example:
-    return {"text": _some_text(row["text"], "text")}
+    return {"text": some_text(row["text"], "text")}
 
 
 def _from_choices(read: Callable[[Row], Row]) -> Callable[[Row], Example]:
@@ -250,7 +250,7 @@ def _refusal(value: object) -> type[PacaError]:
     return NothingToLearn if value is None else PacaError
 
 
-def _some_text(value: object, name: str) -> str:
+def some_text(value: object, name: str) -> str:
     text = _text(value, name)
     if not text.strip():
         raise NothingToLearn(f"{name} is empty, so there is nothing to learn. Remove the example, or fill it in.")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 
-from paca.data.formats import Example, Format, _some_text
+from paca.data.formats import Example, Format, some_text
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
 
 
 def _labelled(column: str) -> Callable[[Row], Example]:
     def convert(row: Row) -> Example:
-        text, label = _some_text(row[column], column), row["label"]
+        text, label = some_text(row[column], column), row["label"]
         if not isinstance(label, (str, int)) or label == "":
             given = "missing" if label is None else repr(label)
             error = NothingToLearn if label in (None, "") else PacaError

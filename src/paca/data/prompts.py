@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import date, time
 from typing import Any
 
-from paca.data.formats import FORMATS, Example, Format, _some_text
+from paca.data.formats import FORMATS, Example, Format, some_text
 from paca.data.rows import Row
 
 _ANYTHING = "."
@@ -19,7 +19,7 @@ def _prompt(form: str, answer: str) -> Callable[[Row], Example]:
     def convert(row: Row) -> Example:
         is_messages = isinstance(row.get("prompt"), list)
         if answer == "completion" and not is_messages:
-            _some_text(row.get("prompt"), "prompt")  # of an empty one a tokenizer may make no token, and so no answer
+            some_text(row.get("prompt"), "prompt")  # of an empty one a tokenizer may make no token, and so no answer
         given = [{"role": "assistant", "content": _ANYTHING}] if is_messages else _ANYTHING
         beside = {name: _in_json(value) for name, value in row.items() if not _has_bytes(value)}
         return {**beside, "prompt": FORMATS[form].convert({**row, answer: given})["prompt"]}
