@@ -42,9 +42,7 @@ def holds(weight: Tensor, dim: int, originals: Iterable[Kept], columns: tuple[Ad
 
 def sum_of(kept: Kept, columns: tuple[AdapterColumns, ...], dim: int) -> Tensor:
     """`W0 + sum_a scale_a * scatter(delta_a, indices_a)` at the kept positions, in float32 (float64 for float64).
-
-    `columns` may have other positions as well. Where several have one, they are added in order.
-    """
+    `columns` may have other positions as well. Where several have one, they are added in order."""
     positions, values, wide = *kept, torch.promote_types(kept.values.dtype, torch.float32)
     parts = tuple(part for c in columns for part in c.parts())
     if len(parts) == 1 and parts[0].indices.shape == positions.shape and parts[0].delta.device == values.device:

@@ -1,7 +1,5 @@
-"""Resident columns, which live in the weight while their adapter is active (design, section 3).
-
-`ResidentColumns` belongs to one weight, which every call hands it. `write_together` writes many.
-"""
+"""Resident columns, which live in the weight while their adapter is active (design, section 3): `ResidentColumns`
+belongs to one weight, which every call hands it. `write_together` writes many."""
 
 from __future__ import annotations
 

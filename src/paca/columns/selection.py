@@ -43,9 +43,7 @@ def random_columns(in_features: int, r: int, seed: int | None, module_name: str,
 
 def shuffled(strategy: str, in_features: int, generator: torch.Generator) -> Tensor:
     """All columns `(in_features,)` in an order drawn from `generator`; the first `r` are a choice of `r`.
-
-    `"random_blocks"`: whole blocks of `BLOCK` columns (0 to 15, 16 to 31, ...) in any order; `"random"`: single ones.
-    """
+    `"random_blocks"`: blocks of `BLOCK` columns (0 to 15, 16 to 31, ...) in any order; `"random"`: single ones."""
     if strategy == "random":
         return torch.randperm(in_features, generator=generator, device="cpu")
     first = torch.randperm(-(-in_features // BLOCK), generator=generator, device="cpu") * BLOCK

@@ -1,8 +1,6 @@
-"""What is trained in one layer, and what is active over one weight: revisions and states.
-
-Each adapter in a layer has a *revision*: a number that moves whenever its columns change. A *state* is the (adapter,
-revision, scale) of each active one, over one revision of the weight beneath: equal states are equal contents.
-"""
+"""What is active over one weight. Each adapter in a layer has a *revision*: a number that moves whenever its columns
+change. A *state* is the (adapter, revision, scale) of each active one, over one revision of the weight beneath: equal
+states are equal contents."""
 
 from __future__ import annotations
 

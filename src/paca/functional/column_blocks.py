@@ -1,8 +1,6 @@
-"""Columns that lie side by side: copied as blocks, which is many times faster than one by one.
-
-Each row of a weight is elsewhere in memory. One by one, 16 columns touch up to 16 cache lines of it; side by side, one
-or two, and they move by vector instructions (numbers: docs/notes/speed.md).
-"""
+"""Columns that lie side by side: copied as blocks, which is many times faster than one by one. Each row of a weight is
+elsewhere in memory: one by one, 16 columns touch up to 16 cache lines of it; side by side, one or two, and they move by
+vector instructions (numbers: docs/notes/speed.md)."""
 
 from __future__ import annotations
 
@@ -25,10 +23,8 @@ def version_of(tensor: Tensor, otherwise: int = -1) -> int:
 
 
 def runs_of(indices: Tensor) -> Runs | None:
-    """The runs that `indices (k,)` int64 consist of, or None if they are better taken one by one.
-
-    Looks at the values once for each version of the tensor.
-    """
+    """The runs that `indices (k,)` int64 consist of, or None if they are better taken one by one. Looks
+    at the values once for each version of the tensor."""
     if indices.numel() < _MEAN_LENGTH or type(indices) is not Tensor or indices.is_meta:
         return None
     version, known = version_of(indices), _KNOWN.get(indices)

@@ -123,10 +123,9 @@ def install(model: nn.Module) -> None:
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), ModelEntry):
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ModelEntry)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def install_in_holder(tuner: nn.Module, model: nn.Module, refuse: Any) -> None:
@@ -141,6 +140,19 @@ def install_in_holder(tuner: nn.Module, model: nn.Module, refuse: Any) -> None:
 
     handle = register_module_module_registration_hook(found)
     waiting = weakref.ref(tuner, lambda _: handle.remove())
+
+
+def _taken_out(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Release a base layer that others put into its adapted layer's place by hand (diffusers' unload_lora_weights)."""
+    layer = parent._modules.get(name)
+    if isinstance(layer, PacaLayer) and layer.base_layer is module and hasattr(module, "columns"):
+        entry = module.columns.entry
+        module.release()
+        if entry is not None:
+            entry.take([other for other in (*entry.layers, *entry.others) if other is not layer])
+
+
+register_module_module_registration_hook(_taken_out)
 
 
 def entry_of(model: nn.Module) -> ModelEntry | None:
