@@ -426,6 +426,13 @@ def test_an_exact_lora_adapter_exists(kind, tmp_path):
     assert ranks
 
 
+def test_pefts_conversion_to_lora_refuses_what_multiplies_by_no_matrix():
+    """It would take an embedding's factors for a linear layer's, which no LoRA loads, and fails on kernels."""
+    for kind in NETWORKS:
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            peft.convert_to_lora(adapted_network(kind), rank=2)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

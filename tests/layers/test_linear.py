@@ -12,6 +12,7 @@ import weakref
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -626,6 +627,15 @@ def test_the_scale_of_an_adapter_can_be_changed():
         torch.testing.assert_close(layer(x) - base, (y - base) / 2)
         layer.unscale_layer()
         assert torch.equal(layer(x), y)
+
+
+def test_pefts_switch_of_input_casts_changes_nothing():
+    """diffusers' layerwise casting runs every adapted layer within it."""
+    model = adapted_perceptron()
+    x = torch.randn(3, 7)
+    y = model(x)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(x), y)
 
 
 # -- what would bypass the columns -----------------------------------------------------------------------------------

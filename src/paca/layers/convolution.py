@@ -57,6 +57,7 @@ class PacaConvolution(PacaLayer):
 
     delta_axes = "(out_channels, r, *kernel)"
     input_axes = "(samples, in_channels, *space)"
+    multiplies_a_matrix = False
 
     def __getattr__(self, name: str) -> Any:
         # Models read these of their convolutions, Whisper's encoder for one.

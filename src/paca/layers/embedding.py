@@ -41,6 +41,7 @@ class PacaEmbedding(PacaLayer):
     """The adapted embedding: keeps each adapter's deltas `(num_embeddings, r)` and indices."""
 
     input_axes = "(samples, ...)"
+    multiplies_a_matrix = False
 
     @property
     def input_dims(self) -> int:

@@ -104,13 +104,11 @@ class PacaExpertStack(PacaLayer):
 
     delta_axes = "(experts, out_features, r)"
     delta_column_dim = -1
+    multiplies_a_matrix = False
     runs_adapters_in_turn = True
 
     def delta_shape(self, r: int) -> tuple[int, ...]:
         return self.base_layer.weight.shape[0], self.out_features, r
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # PEFT's conversion knows matrices only
 
     def wanted_names(self) -> list[str]:
         batch = current_mixed_batch(self)

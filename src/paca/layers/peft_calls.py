@@ -31,6 +31,11 @@ class PeftCalls(BaseTunerLayer):
     input_axes = "(samples, ..., in_features)"
     """What the dimensions of the input are, for messages."""
 
+    multiplies_a_matrix: ClassVar[bool] = True
+    """Whether it computes `x Wᵀ`: PEFT writes such layers alone as LoRA, and takes the factors of others for theirs."""
+    cast_input_dtype_enabled = True
+    """PEFT's `disable_input_dtype_casting` sets it; ours never casts its input."""
+
     base_layer: Any
     paca_delta: Any
     paca_indices: Any
@@ -165,7 +170,7 @@ class PeftCalls(BaseTunerLayer):
         return oriented(dense, self.base_layer.input_dim)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.multiplies_a_matrix
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would also cast the deltas to the weight's dtype, which loses what training in float32 gained.
