@@ -221,3 +221,11 @@ def test_a_parquet_files_class_labels_are_their_names(tmp_path: Path) -> None:
     datasets.Dataset.from_list([*rows, {"text": "c", "label": -1}], features=features).to_parquet(file)
     with pytest.raises(PacaError, match=r"x.parquet, row 2: label is missing; expected a name or a whole number"):
         load_examples(file, family="labels")
+
+
+def test_spaces_around_a_label_make_no_class_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text,label\nfine,good\nawful, bad\nsad,bad\n")
+    rows = load_examples(str(tmp_path / "data.csv"), family="labels").dataset
+    assert list(rows["label"]) == ["good", "bad", "bad"]
+    with pytest.raises(PacaError, match="label is ''"):
+        load(tmp_path, "labels", {"text": "fine", "label": " "})

@@ -13,6 +13,7 @@ from paca.messages.errors import NothingToLearn, PacaError
 def _labelled(column: str) -> Callable[[Row], Example]:
     def convert(row: Row) -> Example:
         text, label = some_text(row[column], column), row["label"]
+        label = label.strip() if isinstance(label, str) else label  # a space after a comma of a CSV file is no class
         if not isinstance(label, (str, int)) or label == "":
             given = "missing" if label is None else repr(label)
             error = NothingToLearn if label in (None, "") else PacaError
