@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,6 @@ LARGEST = 1e30  # of a scale: float32 ends at 3e38
 @dataclass
 class PacaConfig(PeftConfig):
     """Settings of a PaCA adapter (arXiv 2503.01905): `r` input columns of each target weight are trained in place.
-
     The names are those of PEFT's own PaCA (>= 0.22), whose files load. Ours load there too, unless they use what it has
     not: the card of a trained adapter says which, and `paca export --to peft` writes one that does.
 
@@ -77,6 +77,8 @@ class PacaConfig(PeftConfig):
     values there instead of the dequantized ones. Only used when the adapter is made: the saved one says null here."""
     base_quantization: str | None = None
     """How the weights are quantized that the adapter was made for, or none; filled in."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose rows of the input embedding are trained as well, or of other layers: their names to tokens."""
 
     def __new__(cls, *values: Any, **settings: Any) -> PacaConfig:
         if not settings.keys() <= cls.__dataclass_fields__.keys():
@@ -152,6 +154,8 @@ def _is_list_of(kind: type, value: Any, most: float = 1e9) -> bool:
 _NAMES, _NUMBERS = "be a list of names, such as ", "map names of modules to numbers, such as {'q_proj': 8}"
 _BLOCKS = f"be a list of block numbers, {MOST_NAMES:,} at most"
 _TEXT_OR_NAMES = "be a list of names (or one text), such as "
+_TOKENS = "be a list of tokens, such as [5], or map names of layers to such lists"
+_are_tokens = partial(_is_list_of, int)
 _TEXTS = ("base_model_name_or_path", "revision", "peft_version", "original_weights", "base_quantization")
 _FORMS: tuple[tuple[str, Any, str], ...] = (
     *((f"{name}_pattern", lambda v: isinstance(v, dict), _NUMBERS) for name in ("rank", "alpha")),
@@ -164,6 +168,7 @@ _FORMS: tuple[tuple[str, Any, str], ...] = (
     ("layers_pattern", lambda v: _is(v, str) or _is_list_of(str, v), _TEXT_OR_NAMES + "['layers']"),
     ("target_parameters", lambda v: _is_list_of(str, v), _NAMES + "['experts.gate_up_proj', 'experts.down_proj']"),
     ("modules_to_save", lambda v: _is_list_of(str, v), _NAMES + "['classifier']"),
+    ("trainable_token_indices", lambda v: all(map(_are_tokens, getattr(v, "values", lambda: [v])())), _TOKENS),
     ("layers_to_transform", lambda v: _is(v, int) or _is_list_of(int, v, MOST_NAMES), _BLOCKS),
     ("indices", lambda v: v is None or (v and isinstance(v, dict)), "map modules to lists, such as {'q_proj': [5]}"),
     ("rotate_by", lambda v: v in ROTATIONS, f"be one of {', '.join(ROTATIONS)}"),

@@ -40,7 +40,7 @@ def answer(folder: Path) -> str | None:
     """What the card says, for the model and the config that are in `folder`."""
     model = peft.PeftModel.from_pretrained(llama(), str(folder))
     config = json.loads((folder / "adapter_config.json").read_text())
-    return why_not(config["r"], config["paca_alpha"], saved_layers(model))
+    return why_not(config, saved_layers(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +97,7 @@ def test_an_adapter_of_the_untied_output_layer_loads_there(tmp_path: Path) -> No
     base = llama(tie_word_embeddings=True)
     assert paca.untie_embeddings(base)
     adapted = save_adapted(tmp_path, base, target_modules=["lm_head", "q_proj"])
-    assert why_not(3, 6, saved_layers(adapted)) is None
+    assert why_not({"r": 3, "paca_alpha": 6}, saved_layers(adapted)) is None
     there = pefts_own_paca.load(llama(tie_word_embeddings=True), tmp_path / "adapter")
     assert torch.equal(logits(there, tokens()), logits(adapted, tokens()))
 
@@ -108,7 +108,7 @@ def test_a_rotated_adapter_loads_there_as_the_union_of_its_columns(tmp_path: Pat
     adapted.save_pretrained(tmp_path / "adapter")
     stored = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert stored["r"] == 8
-    assert why_not(stored["r"], stored["paca_alpha"], saved_layers(adapted)) is None
+    assert why_not(stored, saved_layers(adapted)) is None
     expected = logits(peft.PeftModel.from_pretrained(llama(), str(tmp_path / "adapter")).eval(), tokens())
     assert torch.equal(logits(pefts_own_paca.load(llama(), tmp_path / "adapter"), tokens()), expected)
 
@@ -135,7 +135,7 @@ def test_a_layer_that_it_cannot_adapt_is_refused_by_name(kind: type[nn.Module]) 
 )
 def test_layers_that_are_no_linear_ones_are_named_as_the_reason(base: Any, settings: dict[str, Any], name: str) -> None:
     model = adapt(base(), **settings)
-    assert why_not(3, 6, saved_layers(model)) == f"{name}, and it adapts Linear layers only"
+    assert why_not({"r": 3, "paca_alpha": 6}, saved_layers(model)) == f"{name}, and it adapts Linear layers only"
     with pytest.raises(PacaError, match=rf"{name}.*--to merged"):
         to_pefts_paca(adapter_in_model(model))
 

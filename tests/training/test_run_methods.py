@@ -195,6 +195,7 @@ def test_a_key_in_the_wrong_place_says_where_it_belongs(tmp_path: Path, text: st
 
 
 TOKENS = [
+    ["paca.trainable_token_indices=[1, 2]"],
     ["lora.target_modules=[q_proj]", "lora.trainable_token_indices=[1, 2]"],
     ["peft.peft_type=TRAINABLE_TOKENS", "peft.token_indices=[1, 2]"],
 ]
@@ -205,7 +206,7 @@ def test_single_tokens_are_refused_before_training_where_embeddings_are_tied(
     config_file: Path, tmp_path: Path, method: list[str]
 ) -> None:
     tied = save_base(tmp_path / "tied", tie_word_embeddings=True)
-    overrides = ["paca=null", *method]
+    overrides = [*method] if method[0].startswith("paca.") else ["paca=null", *method]
     assert describe(load_run_config(config_file, overrides)).trainable_parameters > 0
     overrides.append(f"model.name={tied}")
     with pytest.raises(PacaError, match=r"^The section .* does not fit .*tied: Single tokens can't be trained .*tied"):

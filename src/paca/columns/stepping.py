@@ -1,7 +1,5 @@
 """The first door: after an optimizer's step, the columns of the deltas that it holds are written, all layers together.
-
-The hook is torch's own, of every `torch.optim.Optimizer`: also fused, 8-bit, or stepping inside a backward pass.
-"""
+The hook is torch's own, of every `torch.optim.Optimizer`: also fused, 8-bit, or stepping inside a backward pass."""
 
 from __future__ import annotations
 

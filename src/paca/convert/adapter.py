@@ -40,6 +40,7 @@ from paca.pretrained.tied_weights import untie_for
 from paca.tuner.adapter_checks import DELTA, INDICES, check_finite
 from paca.tuner.model import PacaModel
 from paca.tuner.strange_expressions import try_expressions
+from paca.tuner.trained_tokens import TOKENS
 
 NAME = "default"  # of the adapter, where one is put into an outline
 
@@ -115,8 +116,8 @@ class Adapter:
 
     def common_settings(self) -> dict[str, Any]:
         """The settings that an adapter of any method takes over."""
-        names = ("modules_to_save", "task_type", "auto_mapping", "base_model_name_or_path", "revision")
-        return {name: getattr(self.config, name) for name in names} | {"inference_mode": True}
+        names = ("modules_to_save", "trainable_token_indices", "task_type", "auto_mapping", "base_model_name_or_path")
+        return {name: getattr(self.config, name) for name in (*names, "revision")} | {"inference_mode": True}
 
 
 def adapter_in_model(model: Any, adapter_name: str = "default") -> Adapter:
@@ -205,10 +206,16 @@ def put_on(base_model: nn.Module, config: PacaConfig, tensors: dict[str, Tensor]
         left_out = {*left_out, *whole, *(name for name in names for one in whole if f".{one}." in f".{name}")}
     # Of weights on the meta device none can be chosen by its norm; the file says which columns they are.
     layers_only = dataclasses.replace(
-        config, modules_to_save=None, exclude_modules=left_out or None, selection="random"
+        config,
+        modules_to_save=None,
+        trainable_token_indices=None,
+        exclude_modules=left_out or None,
+        selection="random",
     )
     model = PeftModel(base_model, layers_only, adapter_name=NAME)
     of_whole = {n: t for n, t in tensors.items() if any(f".{m}." in f".{n}" for m in whole)}
+    if config.trainable_token_indices:
+        of_whole |= {name: tensor for name, tensor in tensors.items() if name.endswith(f".{TOKENS}")}
     for name, tensor in of_whole.items():
         check_finite(name, tensor)
     others = {name: tensor for name, tensor in tensors.items() if name not in of_whole}

@@ -7,7 +7,7 @@ linear layers only, and none with fewer than `r` inputs (read in its source: it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +53,11 @@ def saved_layers(model: nn.Module, adapter_name: str = "default") -> list[SavedL
     return layers
 
 
-def why_not(r: int, paca_alpha: float, layers: Iterable[SavedLayer]) -> str | None:
-    """Why PEFT's own PaCA can't load an adapter with these settings as it is, or None if it can."""
+def why_not(settings: Mapping[str, Any], layers: Iterable[SavedLayer]) -> str | None:
+    """Why PEFT's own PaCA can't load an adapter with this config as it is, or None if it can."""
+    r, paca_alpha = settings["r"], settings["paca_alpha"]
+    if settings.get("trainable_token_indices"):
+        return "it trains single tokens (trainable_token_indices), which that does not know"
     for layer in layers:
         if not issubclass(layer.stock_class, nn.Linear):
             return f"{layer.name} is a {layer.stock_class.__name__}, and it adapts Linear layers only"
@@ -73,8 +76,13 @@ def to_pefts_paca(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     two, else to the rounding of `scale * delta` to float32.
 
     Raises:
-        PacaError: A layer that PEFT's own PaCA can't adapt, or a value that is not finite; the layer is named.
+        PacaError: Single tokens or a layer that PEFT's own PaCA can't adapt, or a value that is not finite.
     """
+    if adapter.config.trainable_token_indices:
+        raise PacaError(
+            f"The adapter trains single tokens (trainable_token_indices), which the PaCA of {PEFT} does not know. Load "
+            "the adapter with paca, or export another form of it (--to lora, --to merged)."
+        )
     r = max(layer.r for layer in adapter.layers.values())
     columns: dict[str, ColumnUnion] = {}
     for name, layer in adapter.layers.items():

@@ -1,9 +1,7 @@
 """The one autograd function: a product of which only some columns of the weight are trained (design, section 3).
-
 Forward and backward run on plain tensor operators, eager and under `torch.compile` alike. What differs between layers
 is the `Product`; where the weight comes from is the `WeightSource`. A formula stands once: the stock product, what is
-kept of the input, the input's gradient, a delta's gradient and a column's contribution are all the product's.
-"""
+kept of the input, the input's gradient, a delta's gradient and a column's contribution are all the product's."""
 
 from __future__ import annotations
 

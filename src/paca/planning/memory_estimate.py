@@ -32,6 +32,7 @@ FRAMEWORK_BYTES = {"cpu": 720 * 2**20, "cuda": 600 * 2**20}
 """What a process holds before there is a model: on a CPU the resident libraries, on CUDA the context and the
 workspaces of the matrix libraries. See docs/guides/planning.md for where the numbers come from."""
 PROGRAMS = "compiled products"
+_ADDED = (".modules_to_save.", ".trainable_tokens_delta.")  # in names of parameters that an adapter brings
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def estimate(
     marks: tuple[str, ...] = ()
     if isinstance(prepared, PeftModel):
         base: Any = prepared.base_model
-        marks = (f"{learned_prompt.NAME}." if learned else getattr(base, "prefix", "adaption_"), ".modules_to_save.")
+        marks = (f"{learned_prompt.NAME}." if learned else getattr(base, "prefix", "adaption_"), *_ADDED)
     added = sum(p.numel() for name, p in root.named_parameters() if any(mark in name for mark in marks))
     return MemoryEstimate(
         setting=setting,

@@ -31,7 +31,7 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
         PacaError: One process, FSDP1, settings of FSDP2 or ZeRO-3 under which results were wrong or lost, or settings
             of DeepSpeed that are not the run's.
     """
-    method, modules_to_save = config.method, config.adapter.get("modules_to_save")
+    method = config.method
     fsdp = _fsdp_settings(arguments)
     peft_type = config.adapter.get("peft_type")
     shards = fsdp is not None or arguments.deepspeed_plugin is not None
@@ -78,7 +78,12 @@ def check_sharding(arguments: TrainingArguments, config: RunConfig) -> None:
                 "train.factor_rank does not go with train.fsdp, which shards the deltas. Leave it out, or train with "
                 "DistributedDataParallel."
             )
-        if modules_to_save:
+        if config.adapter.get("trainable_token_indices"):
+            raise PacaError(
+                f"{method}.trainable_token_indices does not go with train.fsdp: PEFT's layers of single tokens do not "
+                "know sharded embeddings. Leave it out, or train with DistributedDataParallel."
+            )
+        if config.adapter.get("modules_to_save"):
             raise PacaError(
                 f"{method}.modules_to_save does not go with train.fsdp: the gradient of an output layer that is "
                 "trained whole came out wrong there. Leave it out, or train with DistributedDataParallel."

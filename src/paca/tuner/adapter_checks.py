@@ -28,7 +28,6 @@ def check_adapter_tensors(
 ) -> dict[str, Tensor]:
     """Check an adapter's tensors, by their names in `model.state_dict()`, against the layers they are loaded into.
     Where the adapter's columns rotate, there may be more of them than it trains at a time.
-
     Gives the same tensors, each layer's columns in ascending order (other tools need not sort them). Raise
     `ValueError`, naming the tensor, for an unknown target, a missing tensor, a wrong shape or type, indices that are
     out of range or repeated, or a value that is NaN or Inf. Nothing has been loaded then."""

@@ -1,5 +1,4 @@
 """The third door: what no optimizer's hook and no call has written is noticed when a model is entered.
-
 It looks at the version counters of all layers. What no counter shows it looks for in a new mode, when averages and
 schedule-free optimizers swap values through `.data`, in a step's closures, and while no optimizer's steps are seen.
 """

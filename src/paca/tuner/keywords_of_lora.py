@@ -18,7 +18,6 @@ _ADVICE = {
     "init_lora_weights": "the change starts at zero anyway. Leave it out; which columns are trained says 'selection'.",
     "fan_in_fan_out": "PaCA knows transformers' Conv1D by itself. Leave it out.",
     "ensure_weight_tying": "tied layers are untied first: paca.untie_embeddings(model). Leave it out.",
-    "trainable_token_indices": "PaCA trains columns of an embedding (target_modules), not rows. Leave it out.",
     "loftq_config": "for quantized weights 'original_weights' starts columns at the 16-bit values. Leave this out.",
 }
 _LISTED = 20

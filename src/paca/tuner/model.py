@@ -63,7 +63,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                     refuse_overwriting(model)
                 if config.unusual:
                     try_expressions(vars(config), model, config.reading)
-            if config.modules_to_save:
+            if config.modules_to_save or config.trainable_token_indices:
                 check_saved_modules(model, config)
             with quiet_about_stacks() if config.target_parameters else contextlib.nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -79,7 +79,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
                 warn_of_names(names, model)
             if config.indices and not config.reading:
                 check_indices_used(model, adapter_name, config.indices)
-            if config.modules_to_save:
+            if config.modules_to_save or config.trainable_token_indices:
                 check_saved_modules(model, config, tell=True)  # now with the layers of this adapter
             if adapter_name == REFERENCE:
                 copy_original(self.peft_config, paca_layers(model))
@@ -166,6 +166,7 @@ class PacaModel(AdaptsStacks, MergesAdapters):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for layer in paca_layers(self.model):
             layer.cast_deltas(adapter_name, autocast_adapter_dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # rows of single tokens
 
     @classmethod
     def _get_adapter_state_dict(

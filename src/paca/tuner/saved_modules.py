@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from paca.config import PacaConfig
 from paca.layers import PacaLayer
 from paca.messages.nearest import did_you_mean
 from paca.messages.shown import printable
+from paca.tuner.trained_tokens import TOKENS, check_tokens
 
 _CLASSIFIERS = frozenset({"classifier", "score"})
 HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": frozenset({"qa_outputs"})}
@@ -35,7 +36,8 @@ def check_saved_modules(model: nn.Module, config: PacaConfig, *, tell: bool = Fa
             raise ValueError(
                 f"The adapter in {config.reading} holds no tensor of {wanted}, which its modules_to_save promises."
             )
-    if shapes is None and not config.inference_mode:
+    check_tokens(model, config)
+    if shapes is None and not config.inference_mode and names:
         _look_for(names, model, config, tell=tell)
     adapted = [name for name, module in modules.items() if isinstance(module, PacaLayer)]
     for name, module in modules.items():
@@ -109,7 +111,9 @@ def _saved_whole(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     embeddings = [module for kind in ("input", "output") if (module := _embeddings(base, kind)) is not None]
     beginnings = []
     for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, TrainableTokensWrapper):
+            beginnings.append(f"{name}.{TOKENS}.{adapter_name}")
+        elif isinstance(module, AuxiliaryTrainingWrapper):
             beginnings.append(f"{name}.modules_to_save.{adapter_name}.")
         elif any(module is embedding for embedding in embeddings):
             beginnings.append(f"{name}.")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from paca.columns.folded import ColumnUnion
@@ -138,6 +138,11 @@ def _check(
             raise ValueError(f"The weight of adapter {adapter!r} must be a finite number; got {weight!r}.")
     holders: dict[str, str] = {}
     for name, module in model.model.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and not module._adapters.isdisjoint(adapters):
+            raise ValueError(
+                f"Tokens of {name} are trained one by one (trainable_token_indices), and there is no weighted sum of "
+                "their rows. Merge the adapters one after the other, or train without."
+            )
         if isinstance(module, ModulesToSaveWrapper):
             own = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in module.modules_to_save]
             if len(own) > 1 or any(weight != 1 for _, weight in own):

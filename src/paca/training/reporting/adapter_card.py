@@ -195,7 +195,7 @@ tokenizer = AutoTokenizer.from_pretrained("{_HERE}")
 ```"""
     if of_paca:
         stored = adapter_settings(folder)  # as saved: a rotated adapter has more columns than its config asked for
-        reason = why_not(stored["r"], stored["paca_alpha"], saved_layers(trained))
+        reason = why_not(stored, saved_layers(trained))
         loads = "yes." if reason is None else f"no, because {reason}. {EXPORT}"
         code += f"\n\nLoads in the PaCA of {PEFT}, without paca: {loads}\n{LACKS}"
     if learns_a_cache(trained):
