@@ -100,6 +100,15 @@ def test_what_they_can_not_be_is_told_and_leaves_the_model(settings: dict[str, A
     assert torch.equal(base(IDS).logits, before)
 
 
+def test_a_model_without_such_an_embedding_is_told_so_by_peft() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="embed_tokens"):
+        peft.get_peft_model(model, PacaConfig(r=16, target_modules=["1"], trainable_token_indices=[3]))
+    assert type(model[1]) is torch.nn.Linear
+    named = PacaConfig(r=16, target_modules=["1"], trainable_token_indices={"0": [3]})
+    assert sum(p.numel() for p in peft.get_peft_model(model, named).parameters() if p.requires_grad) == 16 * 16 + 16
+
+
 @pytest.mark.parametrize("value", ["3", [1.5], {"embed_tokens": ["a"]}, 7])
 def test_other_forms_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="trainable_token_indices must be a list of tokens"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -41,9 +42,11 @@ def check_tokens(model: nn.Module, config: PacaConfig) -> None:
 
 
 def _layers(model: Any, ending: str | None) -> list[tuple[str, Any]]:
-    """The layers that PEFT takes, by name: those of this ending; without one, the input embedding."""
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Module)]
-    if ending is not None:
-        return [(name, module) for name, module in named if f".{name}".endswith(f".{ending}")]
-    embedding = model.get_input_embeddings()
-    return [(name, module) for name, module in named if module is embedding]
+    """The layers that PEFT takes, by name: those of this ending; without one, the input embedding, or, in a model that
+    does not say which that is, `embed_tokens`."""
+    embedding = None
+    with suppress(AttributeError, NotImplementedError):  # transformers' models of images have the method alone
+        embedding = model.get_input_embeddings() if ending is None else None
+    if embedding is not None:
+        return [(name, module) for name, module in model.named_modules() if module is embedding]
+    return [(n, module) for n, module in model.named_modules() if f".{n}".endswith(f".{ending or 'embed_tokens'}")]
