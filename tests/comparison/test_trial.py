@@ -10,7 +10,7 @@ import yaml
 
 from comparison.fake_trainer import PER_STEP, STEPS
 from comparison.small_comparison import COMMON, FAKE, small_comparison
-from paca.comparison import trial
+from paca.comparison import counted_memory, trial
 from paca.comparison.trial import WARM_UP, Trial, TrialFailed, trials_of
 
 
@@ -60,6 +60,20 @@ def test_a_trial_that_fails_says_whether_memory_ran_out(tmp_path: Path, end: str
         with pytest.raises(TrialFailed) as failed:
             attempt(comparison.methods[0], 1)
     assert failed.value.out_of_memory == out_of_memory
+
+
+def test_a_trial_that_was_killed_while_its_bytes_were_added_up_ran_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run has finished by then. It ended in a FileNotFoundError."""
+    comparison, end = small_comparison(tmp_path), "open('trials/paca/summary.json', 'w'); os.kill(os.getpid(), 9)"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(counted_memory, "PROGRAM", (sys.executable, "-c", f"import os; {end}"))
+    with comparison.claim("preparation") as claim:
+        assert claim.take()
+        with pytest.raises(TrialFailed, match="killed by SIGKILL") as failed:
+            trials_of(comparison, claim, count_memory=True)(comparison.methods[0], 1)
+    assert failed.value.out_of_memory
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGTERM)", "sys.exit(130)"])

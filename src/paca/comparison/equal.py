@@ -220,6 +220,8 @@ def same_memory(
         try:
             return attempt(method, MEMORY_STEPS).peak
         except TrialFailed as error:
+            if error.out_of_memory:
+                announce(f"This counts as too large, as it ended in: {error}")
             if error.out_of_memory or not _has_rank(given, r or 0, count):
                 return None
             raise _no_step(method, error) from error

@@ -81,10 +81,13 @@ class TrainingProcess:
 
     def finish(self) -> None:
         """After its end: leave `failed.json` in the folder if it failed, and not because it was asked to stop."""
-        status = self._process.returncode
         if not self.interrupted and not self.folder.finished():
-            failure = {"exit_status": status, "error_msg": self._last_words(status)}
-            write_whole(self.folder.path / FAILURE, json.dumps(failure, indent=2) + "\n")
+            write_whole(self.folder.path / FAILURE, json.dumps(self.failure(), indent=2) + "\n")
+
+    def failure(self) -> dict[str, Any]:
+        """After an end that was none of its own: its exit status, and why in words."""
+        status = self._process.returncode
+        return {"exit_status": status, "error_msg": self._last_words(status)}
 
     def stop(self) -> None:
         """Let it save a checkpoint and end; a further Ctrl-C stops it at once."""

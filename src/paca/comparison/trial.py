@@ -14,7 +14,7 @@ import torch
 from paca.comparison import counted_memory
 from paca.comparison.methods import Method
 from paca.comparison.settings import Comparison, content_of, run_sections, write_config
-from paca.comparison.training_process import PROGRAM, TrainingProcess, failure_of, ran_out_of_memory
+from paca.comparison.training_process import PROGRAM, TrainingProcess, ran_out_of_memory
 from paca.pretrained.claims import Claim
 from paca.pretrained.whole_output import write_whole
 from paca.training.folder.provenance import versions
@@ -95,11 +95,11 @@ def trials_of(
         except KeyboardInterrupt:
             process.kill()
             raise
-        process.finish()
         if process.interrupted:
             raise KeyboardInterrupt
-        failure = failure_of(folder)
-        if failure is not None:
+        # A process that counts may be killed after its run has finished.
+        if not folder.finished() or (count_memory and not counted_memory.peak_file(config).is_file()):
+            failure = process.failure()
             raise TrialFailed(failure["error_msg"], out_of_memory=ran_out_of_memory(failure))
         ends = [row["train_seconds"] for row in read_rows(folder.metrics) if "train_seconds" in row]
         peak = counted_memory.peak_of(config) if count_memory else folder.read_summary()["peak_memory_bytes"]
