@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from paca.messages.disk import DiskError
 from paca.messages.errors import PacaError
 from paca.pretrained.claims import Claim
-from paca.pretrained.whole_output import put_in_place, whole_output
+from paca.pretrained.whole_output import put_in_place, whole_output, write_whole
 from paca.training.folder.run_folder import RunFolder
 
 
@@ -52,6 +52,29 @@ def test_who_may_read_other_new_files_may_read_these(tmp_path: Path, mask: int) 
     for file in ("folder/model.safetensors", "file.safetensors", "adapter/model.safetensors"):
         assert (tmp_path / file).stat().st_mode & 0o777 == 0o666 & ~mask
     assert (tmp_path / "folder" / "run").stat().st_mode & 0o777 == 0o755 & ~mask
+
+
+def test_processes_of_one_number_write_the_same_file_as_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two containers that share a disk, which count their processes alike: they wrote into one file, and the one
+    that came second found it gone."""
+    sync, file, others = os.fsync, tmp_path / "comparison.json", ["the other's"]
+
+    def meanwhile(descriptor: int) -> None:
+        sync(descriptor)
+        if others:
+            write_whole(file, others.pop())
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_whole(file, "this one's")
+    assert file.read_text() == "this one's"
+    with whole_output(file) as partial:
+        write_whole(partial, "this one's")
+        with whole_output(file) as other:
+            write_whole(other, "the other's")
+    assert file.read_text() == "this one's"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:

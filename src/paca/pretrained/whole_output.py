@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +35,7 @@ def whole_output(output: Path, needs: int = 0, *, overwrite: bool = True) -> Ite
         PacaError: The folder can't be written to, there is no room, or something is in the way.
     """
     output = output.resolve() if output.is_symlink() else output
-    beside = f".{output.name}.{os.getpid()}"
+    beside = _beside(output)
     partial, replaced = output.with_name(f"{beside}.partial"), output.with_name(f"{beside}.replaced")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,11 @@ def whole_output(output: Path, needs: int = 0, *, overwrite: bool = True) -> Ite
                 sync_names(output.parent)
         finally:
             _clear(partial, replaced, output)
+
+
+def _beside(path: Path) -> str:
+    """A name that nobody else takes: the processes of two containers that share a disk may have the same numbers."""
+    return f".{path.name}.{secrets.token_hex(8)}"
 
 
 def _put(made: Path, output: Path, replaced: Path, overwrite: bool) -> None:
@@ -96,7 +102,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         DiskError: It could not be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f"{_beside(path)}.partial")
     with writing(path, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
