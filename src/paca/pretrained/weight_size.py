@@ -198,7 +198,7 @@ def _on_the_hub(name: str, revision: str | None, fetch: bool) -> Callable[[str],
 
 def _size_of_gguf(path: str) -> float | None:
     kept = gguf.kept_of(path) / _KEPT
-    if kept.is_file():
+    with suppress(OSError, ValueError):  # not kept, or cut short while it was written
         found: float | None = json.loads(kept.read_text(encoding="utf-8"))
         return found
     package = gguf.require_gguf()
