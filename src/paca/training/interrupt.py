@@ -144,6 +144,9 @@ def _followed_interrupt(error: BaseException) -> bool:
     return found is not None
 
 
+_LOOK_SECONDS = 1.0
+"""So often a process that was started in the place of another looks for signals that came as it began to wait."""
+
 _handling: set[StopOnSignal] = set()
 _forking = threading.local()
 
@@ -165,6 +168,9 @@ def _leave_signals_to_parent() -> None:
     _handling.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave)
+    if "mask" in _forking.__dict__:  # the pool may end it while it starts
+        signal.signal(signal.SIGALRM, _look)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
     try:
         _release_signals()
     except SystemExit:  # Python would discard it here
@@ -176,6 +182,12 @@ def _leave(number: int, frame: FrameType | None) -> None:
     # the pool waits as it ends.
     signal.signal(number, signal.SIG_DFL)
     raise SystemExit(128 + number)
+
+
+def _look(number: int, frame: FrameType | None) -> None:
+    # Of a signal between Python's last look for one and the system's wait for a lock that wait does not end, and only
+    # after it Python calls the handler: that of another signal, which ends it, has nothing else to do.
+    pass
 
 
 if hasattr(os, "register_at_fork"):
