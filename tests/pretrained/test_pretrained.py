@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +33,7 @@ from transformers import (
 
 from paca.messages.errors import PacaError
 from paca.pretrained import gguf as paca_gguf
-from paca.pretrained import load_config, load_pretrained, load_tokenizer, quantizing, save_trainable_copy
-from paca.pretrained.hub import only_from_cache
+from paca.pretrained import hub, load_config, load_pretrained, load_tokenizer, quantizing, save_trainable_copy
 from paca.pretrained.location import lacks_weights, locate, neighbour_hint
 from paca.pretrained.trainable_copy import unpack, unpacked
 from tiny_checkpoint import byte_tokenizer, save_base
@@ -447,10 +449,10 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:9/{tmp_path.name}")  # nobody listens
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
-    only_from_cache.cache_clear()
+    hub.only_from_cache.cache_clear()
     with pytest.raises(PacaError, match="the hub cannot be reached"):
         load_pretrained("tiny/absent")
     assert len(waits) == 1
@@ -462,7 +464,35 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_briefly(
     assert "reading 'tiny/llama' from the local cache" in caplog.text
     assert "Retrying" not in caplog.text
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
-    only_from_cache.cache_clear()
+    hub.only_from_cache.cache_clear()
+
+
+def test_a_wait_for_the_hub_is_told_and_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`paca plan` on a config waited for a silent hub twice, 42 seconds, and said nothing."""
+    connections: list[socket.socket] = []
+
+    def accept() -> None:
+        with suppress(OSError):  # closed
+            while True:
+                connections.append(silent.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Thread(target=accept, daemon=True).start()
+        url = "http://{}:{}".format(*silent.getsockname())
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(hub, "_ANSWER_SECONDS", 0.5)
+        monkeypatch.setattr(hub, "_PATIENCE_SECONDS", 0.05)
+        for _ in range(2):
+            with pytest.raises(PacaError, match="the hub cannot be reached"):
+                load_config("tiny/absent")
+        assert caplog.text.count(f"Waiting for an answer of the hub ({url}), at most 2 seconds ...") == 1
+        assert len(connections) == 2  # the question and its one repetition
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,7 @@ def test_a_base_model_that_holds_an_adapter_is_refused(adapter: Path, run: Path)
 def test_the_network_is_asked_for_a_hubs_name_and_never_offline(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(adapter, base_model_name_or_path="somebody/model")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(hub, "_answers", {})
     for offline in (True, False):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         hub.only_from_cache.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from unittest.mock import patch
 
 import datasets
@@ -17,7 +16,7 @@ from paca.pretrained.hub import refusal, why_silent
 def without_waiting_for_the_hub() -> Iterator[bool]:
     """A block in which `datasets` reads its local cache alone where the hub does not answer; gives whether it does."""
     answers = (
-        not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and _silence(constants.ENDPOINT) is None
+        not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE and why_silent(constants.ENDPOINT) is None
     )
     with (
         patch.object(constants, "HF_HUB_OFFLINE", not answers),
@@ -28,10 +27,5 @@ def without_waiting_for_the_hub() -> Iterator[bool]:
 
 def error_instead(name: str) -> str | None:
     """The message where the hub does not answer but with an error, and `name` was to come from it; else None."""
-    silence = None if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
+    silence = None if constants.HF_HUB_OFFLINE else why_silent(constants.ENDPOINT)
     return None if silence is None else refusal(name, silence)
-
-
-@cache
-def _silence(endpoint: str) -> Exception | None:
-    return why_silent(endpoint)

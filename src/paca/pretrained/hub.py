@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +27,11 @@ from paca.pretrained.location import Location, neighbour_hint
 logger = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 10.0
+_PATIENCE_SECONDS = 3.0
+"""A question that takes longer is told."""
+_ANSWER_HOLDS_SECONDS = 60.0
+"""For so long the same question is not asked again."""
+_answers: dict[str, tuple[float, Exception | None]] = {}
 _ADVICE = {
     401: "The token of this login (HF_TOKEN, or of `hf auth login`) is wrong or has expired: log in anew, or without "
     "one where all is public (`hf auth logout`).",
@@ -64,12 +71,27 @@ def only_from_cache(name: str, revision: str | None) -> bool:
 
 def why_silent(url: str) -> Exception | None:
     """Why the hub gives no answer at `url`, for which it has seconds, or is too busy or too broken for one; None if it
-    gives one."""
+    gives one. What it said within the last minute still holds."""
+    asked, error = _answers.get(url, (-_ANSWER_HOLDS_SECONDS, None))
+    if time.monotonic() - asked >= _ANSWER_HOLDS_SECONDS:
+        error = _why_silent(url)
+        _answers[url] = time.monotonic(), error
+    return error
+
+
+def _why_silent(url: str) -> Exception | None:
+    limit = 2 * _ANSWER_SECONDS + 1
+    told = ("Waiting for an answer of the hub (%s), at most %.0f seconds ...", constants.ENDPOINT, limit)
+    waiting = threading.Timer(_PATIENCE_SECONDS, logger.warning, told)
+    waiting.daemon = True
+    waiting.start()
     try:
         with patch.object(logging.getLogger("huggingface_hub.utils._http"), "disabled", True):
             http_backoff("HEAD", url, max_retries=1, base_wait_time=1, timeout=_ANSWER_SECONDS)
     except Exception as error:  # of httpx or httpx2, whichever the hub's client of the day is made with
         return error
+    finally:
+        waiting.cancel()
     return None
 
 
