@@ -128,6 +128,19 @@ def test_a_run_is_as_long_as_its_longest_example(base: Path, tmp_path: Path) -> 
         assert target.setting.sequence_length == length
 
 
+@pytest.mark.parametrize("unusable", ["refuse", "leave_out"])
+def test_what_a_run_leaves_out_does_not_count_as_its_longest_example(base: Path, tmp_path: Path, unusable: str) -> None:
+    """One prompt over the limit made a plan more than five times as large as the run."""
+    data, path = tmp_path / "train.jsonl", tmp_path / "run.yaml"
+    texts = [{"prompt": "p" * prompt, "completion": "c" * 5} for prompt in (6, 20, 300)]
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    content = {"model": {"name": str(base)}, "data": {"train": str(data)}, "train": {"max_length": 128}}
+    content["data"]["unusable"] = unusable
+    path.write_text(yaml.safe_dump(content))
+    expected = {"refuse": 128, "leave_out": 20 + 5 + 1}[unusable]
+    assert target_of_run(path, [], "cpu", None, None).setting.sequence_length == expected
+
+
 def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     content = {

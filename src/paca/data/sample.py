@@ -77,6 +77,8 @@ class Sample:
     """Where there are several sources, the example of middle length of each of the others."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each, before anything is cut, in the order of the data; a summary does without."""
+    longest_learned: int = 0
+    """As `longest`, of those that a run does not leave out; a summary does without."""
 
     @property
     def shown(self) -> list[Shown]:
@@ -104,7 +106,7 @@ class Sample:
     def as_dict(self) -> dict[str, Any]:
         """For `summary.json`, as it is read back."""
         values = dataclasses.asdict(self)
-        del values["lengths"]
+        del values["lengths"], values["longest_learned"]
         return dict(json.loads(json.dumps(values)))
 
 
@@ -192,6 +194,7 @@ def take_sample(
         rejected=rejected,
         leave_out=leave_out,
         lengths=lengths.tolist(),
+        longest_learned=int(lengths[learned].max()),
         others=[
             shown(learned[found_there])
             for there in _of_each_part(examples, origins)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from paca.data import Examples, encode, training_template
+from paca.data.tokens import IGNORED, what_stays
 from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
@@ -135,9 +136,9 @@ def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[in
     try:
         sample = kind.shape(config, data, whole=False).sample
         assert sample is not None
-        longest, which = sample.longest, "the longest example"
+        longest, which = sample.longest_learned, "the longest example"
         if kind.name == "sft":
-            longest = _longest(config, data.train)
+            longest = max(longest, _longest(config, data.train))
         elif sample.sampled < sample.examples:
             which = f"the longest of {sample.sampled:,} examples"
     except PacaError as error:
@@ -150,11 +151,15 @@ def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[in
 
 
 def _longest(config: RunConfig, examples: Examples) -> int:
-    """Tokens of the longest example before it is cut."""
+    """Tokens before it is cut of the longest of those with the most characters that the run learns from; 0 if none."""
     tokenizer, everything = tokenizer_of(config), trains_everything(config, examples)
-    template = training_template(tokenizer)
+    template, settings = training_template(tokenizer), config.train
     most = heapq.nlargest(TOKENIZED, (dict(row) for row in examples.dataset), key=_characters)
-    return max(len(encode(one, tokenizer, everything=everything, template=template).ids) for one in most)
+    found = [encode(one, tokenizer, everything=everything, template=template) for one in most]
+    if config.data.unusable == "leave_out":
+        stays = what_stays(settings.get("max_length"), keep_end=settings.get("truncation_mode") == "keep_end")
+        found = [tokens for tokens in found if any(label != IGNORED for label in tokens.labels[stays][1:])]
+    return max((len(tokens.ids) for tokens in found), default=0)
 
 
 def _unread(config: RunConfig) -> str | None:
