@@ -37,7 +37,7 @@ def told_of_unknown(settings: Mapping[str, Any], known: Iterable[str]) -> str:
     lines = [f"  {shown(name)}: {_hint(name, known).strip() or 'there is no such setting.'}" for name in unknown]
     more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     listed = "\n".join([*lines[:_LISTED], *more])
-    return f"{said}, and {len(unknown) - 1} more:\n{listed}\ndocs/guides/from-lora.md has what is what."
+    return f"{said}, and {len(unknown) - 1} more:\n{listed}"
 
 
 def _hint(name: str, known: list[str]) -> str:

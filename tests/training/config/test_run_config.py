@@ -218,6 +218,8 @@ def test_all_mistakes_that_do_not_need_each_other_are_told(tmp_path: Path, text:
         ("train: {dtype: float32}\n", "no key train.dtype. Did you mean model.dtype?"),
         ("train: {template: x}\n", "no key train.template. Did you mean data.template?"),
         ("data: {validation: x}\n", "no key data.validation. Did you mean data.eval?"),
+        ("model: {name: x, quantization: int4}\n", "not the text 'int4'. Did you mean nf4?"),
+        ("model: {name: x, quantization: 8bit}\n", "not the text '8bit'. Did you mean int8?"),
         ("train: {quantization: nf4}\n", "no key train.quantization. Did you mean model.quantization?"),
         ("train: {limit: 4}\n", "no key train.limit. Did you mean data.limit?"),
         ("paca: {template: x}\n", "no key paca.template. Did you mean data.template?"),

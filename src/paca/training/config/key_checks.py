@@ -72,6 +72,11 @@ WORDS_OF_TRAIN = {
 }
 """What people call some keys of `train`, where spelling alone would find another one."""
 _QUANTIZED = dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), " It is nf4, fp4 or int8.")
+_OTHER_VALUES = {
+    **dict.fromkeys(("4bit", "4-bit", "int4", "q4", "bnb_4bit", "bnb-4bit", "qlora"), "nf4"),
+    **dict.fromkeys(("8bit", "8-bit", "q8", "bnb_8bit", "bnb-8bit"), "int8"),
+}
+"""Of `model.quantization`."""
 OTHER_WORDS = {
     "rank": "r",
     **dict.fromkeys(_QUANTIZED, "quantization"),
@@ -144,7 +149,8 @@ def _check_key(
             hint += f" The keys of {section} are {', '.join(names)}."
         raise PacaError(f"{place}: there is no key {section}.{name}.{hint}")
     if not matches(value, annotation := annotations[name]):
-        hint = did_you_mean(value, named(annotation), "{}") if isinstance(value, str) else ""
+        meant_value = _OTHER_VALUES.get(value.lower(), value) if isinstance(value, str) else None
+        hint = "" if meant_value is None else did_you_mean(meant_value, named(annotation), "{}")
         if isinstance(value, dict) and matches("", annotation):
             hint = " A text that holds ': ' needs quotes within those of the shell: --set 'key=\"some: text\"'."
         if not hint and matches([value], annotation):
