@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import signal
 import threading
@@ -17,7 +16,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainingArguments
 
 from cli.paca_process import MAIN
-from forked_process import start_forked
+from forked_process import run_forked, start_forked
 from paca.training import interrupt, load_run_config, run, train
 from paca.training.interrupt import StopOnSignal
 
@@ -178,29 +177,45 @@ def test_a_signal_to_all_processes_that_tokenize_stops_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def wait_in_place_of_another(lock: Any, waits: Any) -> None:
+IN_PLACE_OF_ANOTHER = """
+import multiprocessing, os, signal, threading, time
+from paca.training.interrupt import StopOnSignal
+
+lock, (waits, wait) = multiprocessing.Lock(), os.pipe()
+lock.acquire()
+
+def start():
+    global child
+    child = os.fork()
+    if child:
+        return
     signal.siginterrupt(signal.SIGTERM, False)  # does not end the wait, as one that comes just before it does not
-    waits.set()
-    lock.acquire()
+    os.write(wait, b"w")
+    try:
+        lock.acquire()
+    except SystemExit as end:
+        os._exit(end.code)
+
+with StopOnSignal(print):
+    pool = threading.Thread(target=start)
+    pool.start()
+    pool.join()
+os.read(waits, 1)
+time.sleep(0.2)  # it does wait
+os.kill(child, signal.SIGTERM)
+deadline = time.monotonic() + 20
+while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+    time.sleep(0.05)
+if ended == (0, 0):
+    os.kill(child, signal.SIGKILL)
+print(os.waitstatus_to_exitcode(ended[1]) if ended[0] else "waits still")
+"""
 
 
 def test_a_process_in_the_place_of_another_leaves_though_its_signal_came_just_before_it_waits() -> None:
     """One in 25 of the runs of the test above hung, with four of it at once."""
-    forks = multiprocessing.get_context("fork")
-    lock, waits = forks.Lock(), forks.Event()
-    lock.acquire()
-    process = forks.Process(target=wait_in_place_of_another, args=(lock, waits), daemon=True)
-    with StopOnSignal(lambda line: None):
-        pool = threading.Thread(target=process.start)
-        pool.start()
-        pool.join()
-    assert waits.wait(60)
-    time.sleep(0.2)  # it does wait
-    process.terminate()
-    process.join(20)
-    left = process.exitcode
-    process.kill()
-    assert left == 128 + signal.SIGTERM
+    run = run_forked(IN_PLACE_OF_ANOTHER)
+    assert (run.stdout, run.stderr) == (f"{128 + signal.SIGTERM}\n", "")
 
 
 def fail_while_stopping() -> None:
