@@ -149,8 +149,10 @@ def _check_key(
             hint += f" The keys of {section} are {', '.join(names)}."
         raise PacaError(f"{place}: there is no key {section}.{name}.{hint}")
     if not matches(value, annotation := annotations[name]):
-        meant_value = _OTHER_VALUES.get(value.lower(), value) if isinstance(value, str) else None
-        hint = "" if meant_value is None else did_you_mean(meant_value, named(annotation), "{}")
+        hint = ""
+        if isinstance(value, str):
+            likely = _OTHER_VALUES.get(value.lower(), value) if name == "quantization" else value
+            hint = did_you_mean(likely, named(annotation), "{}")
         if isinstance(value, dict) and matches("", annotation):
             hint = " A text that holds ': ' needs quotes within those of the shell: --set 'key=\"some: text\"'."
         if not hint and matches([value], annotation):
