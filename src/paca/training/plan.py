@@ -184,6 +184,8 @@ class Plan:
 
     def rate_warning(self) -> str | None:
         """What its line says, where a rate is far off: a line of many is overlooked."""
+        if self.config.train["learning_rate"] == 0:
+            return "train.learning_rate is 0: this run learns nothing. Leave it out for the automatic rate."
         far = self.rate_far_off
         return f"train.learning_rate is {far} as the automatic one ({self.rate_rule})." if far else None
 

@@ -146,6 +146,13 @@ def test_a_rate_far_from_the_automatic_one_is_asked_about(tmp_path: Path, rate: 
     assert warning in shown.get().splitlines()
 
 
+def test_a_rate_of_0_is_said_to_teach_nothing(tmp_path: Path) -> None:
+    plan = describe(load_run_config(save_workspace(tmp_path), ["train.learning_rate=0"]))
+    with (console := Console(width=500)).capture() as shown:
+        show_plan(plan, console)
+    assert "Warning: train.learning_rate is 0: this run learns nothing." in shown.get()
+
+
 def test_no_rate_of_another_method_is_far_as_its_automatic_one_follows_no_rule(tmp_path: Path) -> None:
     config = save_workspace(tmp_path)
     config.write_text(config.read_text().replace("paca:\n  r: 4", "peft:\n  peft_type: LOHA\n  r: 4"))
