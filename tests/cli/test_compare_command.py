@@ -87,7 +87,7 @@ def test_one_rate_is_not_said_to_go_beyond(workspace: Path) -> None:
     one = ("compare", "config.yaml", "--methods", "paca", "--lr", "1e-2", "--output", "one", "--dry-run")
     done = forked_paca(*one, cwd=workspace)
     told = ["rates 0.01; seeds 0, 1, 2", "3 runs, 30 steps in all"]
-    *_, rates, work, disk = done.stdout.splitlines()
+    *_, rates, work, _, disk = done.stdout.splitlines()
     assert [rates, work] == told, done.stderr
     assert re.fullmatch(r"disk space: about [\d.]+ KiB, and up to [\d.]+ KiB of checkpoints while a run goes", disk)
 
@@ -143,7 +143,7 @@ def test_without_rates_each_method_begins_around_its_own(workspace: Path) -> Non
     command = ("compare", "config.yaml", "--methods", "paca,lora,full", "--set", "train.learning_rate=0.5")
     rates = ("--lr", "full=1e-3", "--output", "auto", "--dry-run")
     done = forked_paca(*command, *rates, cwd=workspace)
-    assert done.stdout.splitlines()[-3:-1] == [
+    assert done.stdout.splitlines()[-4:-2] == [
         "rates of paca 0.312, 0.5, 0.8; of lora 0.00106, 0.0017, 0.00272; of full 0.001 and beyond while the edge is "
         "best; seeds 0, 1, 2",
         # 3 + 3 + 1 rates, and two more seeds each
@@ -160,7 +160,7 @@ def test_an_output_that_is_a_file_is_refused(workspace: Path) -> None:
 def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path) -> None:
     done = forked_paca(*COMPARE, "--equal", "parameters", "--output", "dry", "--dry-run", cwd=workspace)
     assert (done.returncode, done.stderr) == (0, "")
-    head, paca, lora, few, few_examples, data, rates, work, disk = done.stdout.splitlines()
+    head, paca, lora, few, few_examples, data, rates, work, times, disk = done.stdout.splitlines()
     assert head.split()[:3] == ["method", "settings", "trained"]
     assert "r 4, paca_alpha 16" in paca
     assert "1,920" in paca
@@ -171,6 +171,7 @@ def test_a_dry_run_shows_what_came_out_equal_and_trains_nothing(workspace: Path)
     assert data.endswith("; held out: 8")
     assert rates == "rates 0.01, 0.03; seeds 0, 1"
     assert work == "6 runs, 60 steps in all"
+    assert "plan config.yaml` tells the least that a run takes; the time left is told" in times
     assert disk.startswith("disk space: about ")
     assert not (workspace / "dry").exists()
 

@@ -107,6 +107,22 @@ def test_quantized_weights_are_planned_and_chosen_when_asked(base: Path) -> None
         plan(str(base), "--quantization", "auto")
 
 
+@pytest.mark.parametrize(("changes", "steps"), [({"eval": 2}, 3), ({"eval": None}, 4)])
+def test_the_steps_of_a_run_are_counted_and_told_with_their_time(
+    base: Path, tmp_path: Path, changes: dict[str, Any], steps: int
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"text": "x" * length}) + "\n" for length in range(5, 12)))
+    path = tmp_path / "run.yaml"
+    train = {"num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    run = {"model": {"name": str(base)}, "data": {"train": str(data), **changes}, "train": train}
+    path.write_text(yaml.safe_dump(run))
+    assert plan_json(str(path))["steps"] == steps
+    assert plan_json(str(path), "--set", "train.max_steps=9")["steps"] == 9
+    told = f"Its {steps} steps take at least 0:00, without evaluations"
+    assert told in plan(str(path), "--rate", "1", "--device", "cpu")
+
+
 def test_a_run_is_as_long_as_its_longest_example(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     data = tmp_path / "train.jsonl"

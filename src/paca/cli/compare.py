@@ -143,8 +143,13 @@ def _train(
     which = f"the one seed {numbers[0]}" if len(numbers) == 1 else f"seeds {', '.join(map(str, numbers))}"
     say(console, f"{rates_text(grids, extend=extend)}; {which}")
     say(console, work_text(planned, grids, len(numbers), extend=extend))
-    if dry_run and (times := Work(comparison, {}, console).told_of_time()) is not None:
-        say(console, times)
+    if dry_run:
+        times = Work(comparison, {}, console).told_of_time()
+        if times is None and "step_seconds" not in planned[0].came_out.measured:
+            least = f"`{program()} plan {shlex.quote(str(config))}` tells the least that a run takes"
+            times = f"time: {least}; the time left is told from the first run's first step on"
+        if times is not None:
+            say(console, times)
     say(console, disk_text(planned, grids, len(numbers)))
     for line in without_effect:
         say(console, line, style="yellow")

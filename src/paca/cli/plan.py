@@ -70,7 +70,7 @@ def plan(
         str | None, typer.Option(help="With --on, lora: also show LoRA (default and tuned), QPaCA and QLoRA.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="With --on: optimizer steps.", show_default="a run's max_steps, else 1,000")
+        int | None, typer.Option(help="With --on: optimizer steps.", show_default="the run's, else 1,000")
     ] = None,
     set_: Annotated[
         list[str] | None,

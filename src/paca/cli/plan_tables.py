@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from paca.messages.program import program
 from paca.messages.say import say
-from paca.messages.units import format_bytes
+from paca.messages.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from paca.planning import Fit, Setting
@@ -72,6 +73,11 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         say(console, f"{told} ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 LRU_CACHE_CAPACITY=64 keep fewer, and compile again.")
     if outcome.simulated is None:
         say(console, f"Time floor: {_time(outcome)}")
+        if target.steps is not None and (seconds := outcome.seconds()) is not None:
+            steps = "One step is all of the run, and takes" if target.steps == 1 else f"Its {target.steps:,} steps take"
+            whole = f"{steps} at least {format_duration(target.steps * seconds)}"
+            told = f"`{program()} train` tells the time left from its first step on."
+            say(console, f"{whole}, without evaluations; {told}")
     if outcome.rate is not None and outcome.rate.load is not None:
         load = f"load {outcome.rate.load:.1f} on {os.cpu_count()} cores"
         say(console, f"The machine was busy in the last minute ({load}): times are of what it left.")
@@ -226,6 +232,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
         "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source, "load": rate.load},
         "seconds_per_step": outcome.seconds() if outcome.simulated is None else None,
+        "steps": outcome.target.steps,
     }
     if outcome.simulated is not None:
         content["simulated"] = _simulated_as_json(outcome.simulated, outcome.steps)

@@ -33,7 +33,7 @@ class Target:
     typical_length: int | None = None
     """Tokens to which a run's batches are padded on average; `setting` has the longest."""
     steps: int | None = None
-    """Optimizer steps of a run that says how many."""
+    """Optimizer steps of a run, where they are given, or follow from data that was read."""
     checkpointing_key: str = "gradient_checkpointing"
     """What activation checkpointing is called in a run's `train`."""
     before: str | None = None

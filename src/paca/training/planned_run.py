@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paca.data import Examples, encode, training_template
+from paca.data import Examples, encode, split_heldout, training_template
 from paca.data.tokens import IGNORED, what_stays
 from paca.messages.errors import PacaError, about
 from paca.messages.units import format_bytes
@@ -95,13 +95,11 @@ def target_of_run(
         lengths = f"train.max_length: {lengths}"
     elif longest is not None and setting.sequence_length < longest:
         lengths = f"train.max_length, which cuts {lengths}"
-    steps = config.train.get("max_steps") or 0
     if labels is not None:
         train_heads(config, outline)
     adapter = outline_config(config.method, config.adapter, kind.task_type)
     if adapter is not None:
         check_learned_tokens(adapter, outline)
-    steps = steps if steps > 0 else None
     return Target(
         str(path),
         outline,
@@ -109,7 +107,7 @@ def target_of_run(
         setting,
         lengths,
         typical,
-        steps,
+        _steps(config, kind, data, held_out),
         checkpointing_key="activation_checkpointing" if newer else "gradient_checkpointing",
         counts=kind.counts,
         before=told_of_pass(config),
@@ -126,6 +124,19 @@ def _read(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str | N
         return kind.read(config), None
     except PacaError as error:
         return None, f"the examples could not be read ({error})"
+
+
+def _steps(config: RunConfig, kind: TrainerKind, data: RunData | None, held_out: str | float | None) -> int | None:
+    """Optimizer steps of the run in one process; None where its data was not read and it does not say how many."""
+    settings = config.train
+    if settings.get("max_steps", -1) > 0:
+        return int(settings["max_steps"])
+    if data is None:
+        return None
+    examples = data.train
+    if isinstance(held_out, float | int):
+        examples, _ = split_heldout(examples, held_out, seed=0)
+    return kind.steps(len(examples.dataset), settings, processes=1)
 
 
 def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[int | None, int | None, int, str]:
