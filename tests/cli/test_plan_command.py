@@ -157,6 +157,22 @@ def test_what_a_run_leaves_out_does_not_count_as_its_longest_example(base: Path,
     assert target_of_run(path, [], "cpu", None, None).setting.sequence_length == expected
 
 
+def test_data_that_cannot_be_read_is_told_as_a_warning(base: Path, tmp_path: Path) -> None:
+    """`paca train` refuses it, and `train.max_length` may be many times the length of its examples."""
+    data, path = tmp_path / "train.jsonl", tmp_path / "run.yaml"
+    data.write_text(json.dumps({"messages": [{"role": "bot", "content": "a"}]}) + "\n")
+    content = {"model": {"name": str(base)}, "data": {"train": str(data)}, "train": {"max_length": 128}}
+    path.write_text(yaml.safe_dump(content))
+    text = plan(str(path), "--device", "cpu", "--rate", "1")
+    assert "Warning: The length is that of train.max_length: the examples could not be read (train.jsonl" in text
+    assert "Mend that, or give the longest one's (--seq)." in text
+    assert plan_json(str(path))["warning"].startswith("The length is that of train.max_length: ")
+    for fine in (["--seq", "64"], ["--set", "data.train=to-be-written.jsonl"]):
+        assert "Warning: " not in plan(str(path), "--device", "cpu", "--rate", "1", *fine)
+    with pytest.raises(paca.PacaError, match=r"max_length is null, and .* could not be read .*'bot'.* --seq\.$"):
+        plan(str(path), "--set", "train.max_length=null")
+
+
 def test_a_run_is_planned_with_its_own_settings(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     content = {

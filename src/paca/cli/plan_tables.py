@@ -42,7 +42,9 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         assert setting.answering is not None
         made = f"{setting.answers} answers of up to {setting.answering.length} tokens"
         say(console, f"{made} are made at a time. Times are those of learning from them, all of that length, alone.")
-    if target.lengths is not None:
+    if target.warning is not None:
+        say(console, f"Warning: {target.warning}", style="yellow")
+    elif target.lengths is not None:
         say(console, f"The length is that of {target.lengths}.")
     if target.before is not None:
         say(console, target.before)
@@ -219,6 +221,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "trainable": result.trainable,
         "weights": result.weights,
         "lengths": outcome.target.lengths,
+        "warning": outcome.target.warning,
         "before_training": outcome.target.before,
         "setting": result.setting.as_dict(),
         "memory": {**result.parts},

@@ -30,6 +30,8 @@ class Target:
     setting: Setting
     lengths: str | None = None
     """Where a run's sequence length is from, for people."""
+    warning: str | None = None
+    """What is said of a run's data that is here and could not be read."""
     typical_length: int | None = None
     """Tokens to which a run's batches are padded on average; `setting` has the longest."""
     steps: int | None = None

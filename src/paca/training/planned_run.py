@@ -10,7 +10,7 @@ from typing import Any
 
 from paca.data import Examples, encode, split_heldout, training_template
 from paca.data.tokens import IGNORED, what_stays
-from paca.messages.errors import PacaError, about
+from paca.messages.errors import PacaError, about, first_line
 from paca.messages.units import format_bytes
 from paca.planning.target import Target, outline_of
 from paca.training.calibration import told_of_pass
@@ -64,7 +64,12 @@ def target_of_run(
     kind = trainer_kind(config.train)
     held_out, config.data.eval = config.data.eval, None  # what is split off the training data counts as well
     texts = kind.name in ("sft", "dpo", "grpo")  # whose head has no labels
-    data, unread = (None, None) if texts and sequence_length is not None else _read(config, kind)
+    data, unread, failure = None, None, None
+    try:
+        if not texts or sequence_length is None:
+            data, unread = _read(config, kind)
+    except PacaError as error:
+        failure = error
     config.data.eval = held_out
     labels = _UNKNOWN_LABELS.get(kind.name) if data is None else data.labels
     named = config.model
@@ -85,11 +90,22 @@ def target_of_run(
     longest, typical, different = (1 if kind.counts == "images" else None), None, 1
     lengths = unread if kind.counts == "tokens" else None
     if sequence_length is not None:
-        config.train["max_length"], lengths = sequence_length, None
+        config.train["max_length"], lengths, failure = sequence_length, None, None
     elif kind.counts == "tokens" and data is not None:
-        longest, typical, different, lengths = _lengths_of(config, kind, data)
+        try:
+            longest, typical, different, lengths = _lengths_of(config, kind, data)
+        except PacaError as error:
+            failure = error
+    warning = None
+    if failure is not None:
+        lengths = f"the examples could not be read ({first_line(failure)})"
+        warning = f"The length is that of train.max_length: {lengths}. Mend that, or give the longest one's (--seq)."
+        if kind.counts == "images":
+            warning = f"The head is planned with two labels: {lengths}. Mend that."
     if kind.name == "grpo" and longest is None and sequence_length is None:
         raise PacaError(f"How long the prompts are is not known: {lengths}. Give --seq, prompt and answer together.")
+    if longest is None and failure is not None and config.train.get("max_length") is None:
+        raise PacaError(f"train.max_length is null, and {lengths}. Mend that, or give --seq.")
     setting = setting_of_run(config, device, longest, different)
     if lengths is not None and longest is None:
         lengths = f"train.max_length: {lengths}"
@@ -106,6 +122,7 @@ def target_of_run(
         adapter,
         setting,
         lengths,
+        warning,
         typical,
         _steps(config, kind, data, held_out),
         checkpointing_key="activation_checkpointing" if newer else "gradient_checkpointing",
@@ -115,15 +132,13 @@ def target_of_run(
 
 
 def _read(config: RunConfig, kind: TrainerKind) -> tuple[RunData | None, str | None]:
-    """The training data; else None, and why it was not read: it is not in local files, is large, or is packed."""
+    """The training data; else None, and why it was not read: it is not in local files, is large, or is packed.
+    PacaError where it is here and can't be read."""
     if config.train.get("packing"):
         return None, "packed sequences are filled up"
     if (unread := _unread(config)) is not None:
         return None, unread
-    try:
-        return kind.read(config), None
-    except PacaError as error:
-        return None, f"the examples could not be read ({error})"
+    return kind.read(config), None
 
 
 def _steps(config: RunConfig, kind: TrainerKind, data: RunData | None, held_out: str | float | None) -> int | None:
@@ -139,21 +154,18 @@ def _steps(config: RunConfig, kind: TrainerKind, data: RunData | None, held_out:
     return kind.steps(len(examples.dataset), settings, processes=1)
 
 
-def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[int | None, int | None, int, str]:
+def _lengths_of(config: RunConfig, kind: TrainerKind, data: RunData) -> tuple[int, int, int, str]:
     """Tokens of the longest example before it is cut, those that a batch is padded to on average once examples are, how
-    many different lengths batches may have, and where that is from, for people. The first two are None, and the text
-    says why, where the examples can't be read as tokens.
+    many different lengths batches may have, and where that is from, for people. PacaError where the examples can't be
+    read as tokens.
     """
-    try:
-        sample = kind.shape(config, data, whole=False).sample
-        assert sample is not None
-        longest, which = sample.longest_learned, "the longest example"
-        if kind.name == "sft":
-            longest = max(longest, _longest(config, data.train))
-        elif sample.sampled < sample.examples:
-            which = f"the longest of {sample.sampled:,} examples"
-    except PacaError as error:
-        return None, None, 1, f"the examples could not be read ({error})"
+    sample = kind.shape(config, data, whole=False).sample
+    assert sample is not None
+    longest, which = sample.longest_learned, "the longest example"
+    if kind.name == "sft":
+        longest = max(longest, _longest(config, data.train))
+    elif sample.sampled < sample.examples:
+        which = f"the longest of {sample.sampled:,} examples"
     made = config.train["max_completion_length"] if kind.name == "grpo" else 0
     longest, beside = longest + made, f", with an answer of {made} tokens" if made else ""
     cut = min(longest, config.train.get("max_length") or longest)
