@@ -116,6 +116,20 @@ def test_the_written_config_reads_back_as_the_same_run(tmp_path: Path) -> None:
     [
         ("modle: {}\ndata: here\ntrian: {}\n", ["line 1: there is no", "line 2: the section data", "line 3: there"]),
         (
+            "model: {name: a, dype: b}\ndata: {train: c}\npacca:\n  ranc: 8\ntrain: {max_stepz: 1, optim: 3}\n",
+            [
+                "3: there is no section 'pacca'",
+                "1: there is no key model.dype",
+                "4: there is no key paca.ranc",
+                "5: there is no key train.max_stepz",
+                "5: train.optim must",
+            ],
+        ),
+        (
+            "paca: {}\nlora: {rr: 4}\nmodel_name_or_path: a\ndata: {trian: b}\neval: {metric: loss}\n",
+            ["3: there is no section 'model_name_or_path'", "a run has one method", "4: there is no key data.trian"],
+        ),
+        (
             "model: {nmae: a}\ndata: {train: b, limit: no}\npaca: {rank: 8}\ntrain:\n  lr: 3\n  epochs: 4\n",
             ["1: there is no key model.nmae", "2: data.limit must", "3: there is no key paca", "5: there", "6: "],
         ),
@@ -292,6 +306,16 @@ def test_what_a_config_needs_is_named(tmp_path: Path, text: str, message: str) -
     assert message in str(caught.value)
 
 
+def test_all_wrong_overrides_are_told_with_what_else_is_wrong(tmp_path: Path) -> None:
+    """They were told one at a time, and before the file's own mistakes."""
+    with pytest.raises(PacaError) as error:
+        load(tmp_path, MINIMAL + "eval: {befor: true}\n", "trian.seed=3", "train.seed", "data.limt=3")
+    told = str(error.value).splitlines()
+    expected = ["section 'trian'", "--set train.seed: expected", "--set: there is no key data.limt", "eval.befor."]
+    assert len(told) == len(expected)
+    assert all(part in line for part, line in zip(expected, told, strict=True))
+
+
 def test_set_gives_a_whole_section(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL, "full={}").method == "full"
     assert load(tmp_path, MINIMAL + "lora: {r: 4, lora_alpha: 9}\n", "lora={r: 2}").adapter == {"r": 2}
@@ -308,7 +332,7 @@ def test_our_own_sections_are_checked_before_the_trainer_is_imported(
     for name in ("adapter_settings", "train_settings"):
         monkeypatch.setitem(sys.modules, f"paca.training.config.{name}", None)  # importing it now fails
     with pytest.raises(PacaError, match=r"eval\.befor\. Did you mean eval\.before"):
-        load(tmp_path, MINIMAL + "eval: {befor: true}\n")
+        load(tmp_path, MINIMAL + "eval: {befor: true}\ntrain: {trainer: grpo, seed: 3, beta: 0.1, factor_rank: 4}\n")
     with pytest.raises(ImportError):
         load(tmp_path, MINIMAL)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from paca.messages.errors import PacaError
+from paca.messages.nearest import nearest
 from paca.training.config.contradictions import contradictions, contradictions_with_trainer, unused
-from paca.training.config.early_checks import check_early, missing_paths, paca_keys
+from paca.training.config.early_checks import REFUSED_EARLY, check_early, may_be_wrong, missing_paths, paca_keys
 from paca.training.config.key_checks import OTHER_WORDS, WORDS_OF_TRAIN, Mistakes, Origins, check_section
 from paca.training.config.overrides import FIRST, apply_overrides, section_hint
 from paca.training.config.run_config import (
@@ -56,19 +57,26 @@ def load_run_config(
             methods. Of mistakes that do not depend on each other, all are told.
     """
     path = Path(path)
-    sections, origins = _read_sections(path, overrides)
+    mistakes = Mistakes()
+    sections, origins = _read_sections(path, overrides, mistakes)
     if isinstance(sections["model"].get("adapter"), str):
         from paca.training.config.first_adapter import take_adapter
 
-        take_adapter(sections, origins)
-    method = _method(sections, origins)
+        with mistakes.noted():
+            take_adapter(sections, origins)
+    whole = not mistakes  # else what seems to be missing may stand in what there is no section for
+    method = next((name for name in METHODS if name in sections), "paca")
+    with mistakes.noted():
+        _check_one_method(sections, origins)
+    sections.setdefault(method, {})
     built: dict[str, Any] = {}
     origins.keys_of_all = partial(_keys_of_all, method, sections)
     sections["output"].setdefault("dir", os.path.join("runs", path.stem))
-    mistakes = Mistakes()
     for name, section_type in SECTIONS.items():
         with mistakes.noted():
-            built[name] = _build_section(name, section_type, sections[name], origins)
+            check_section(name, sections[name], typing.get_type_hints(section_type), origins)
+            if whole:
+                built[name] = _build_section(name, section_type, sections[name], origins)
     with mistakes.noted():
         check_early(method, sections, origins)
     for key, problem in missing_paths(sections) if to_train else ():
@@ -78,7 +86,9 @@ def load_run_config(
         config = RunConfig(**built, method=method, adapter=sections[method], train=sections["train"])
         with mistakes.noted():
             _refuse(contradictions(config), origins)
-    if mistakes and (not sections[method] or method == "paca"):  # whose keys are checked already
+    train = {name: value for name, value in sections["train"].items() if name not in REFUSED_EARLY}
+    suspect = bool(mistakes) and may_be_wrong(train)
+    if mistakes and not suspect and (not sections[method] or method == "paca"):  # whose keys are checked already
         mistakes.tell()
     if check is not None and not mistakes:
         check(config)
@@ -88,11 +98,11 @@ def load_run_config(
     alone = not mistakes
     with mistakes.noted():
         check_adapter_settings(method, sections[method], origins)
-    if alone:
+    if alone or suspect:
         from paca.training.config.train_settings import check_train_settings
 
         with mistakes.noted():
-            check_train_settings(sections["train"], origins)
+            check_train_settings(train, origins)
     mistakes.tell()
     _refuse(contradictions_with_trainer(config), origins)
     if all_used:
@@ -119,13 +129,16 @@ def config_without_run(
     origins = Origins(Path("--set"), {})
     apply_overrides(sections, overrides, origins, lambda: [("eval", typing.get_type_hints(EvalSection))])
     parts = ModelSection(model), DataSection(data, eval=data, columns=columns), CalibrationSection()
-    evaluation = _build_section("eval", EvalSection, sections["eval"], origins)
-    config = RunConfig(*parts, evaluation, OutputSection(""))
+    check_section("eval", sections["eval"], typing.get_type_hints(EvalSection), origins)
+    config = RunConfig(*parts, EvalSection(**sections["eval"]), OutputSection(""))
     _refuse(contradictions(config), origins)
     return config
 
 
-def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict[str, Any]], Origins]:
+def _read_sections(
+    path: Path, overrides: Iterable[str], mistakes: Mistakes
+) -> tuple[dict[str, dict[str, Any]], Origins]:
+    """What can be read; the mistakes are noted. One whose name is misspelt counts as the one that is meant."""
     content, lines = read_yaml(path)
     origins = Origins(path, lines)
     if content is None:
@@ -133,20 +146,26 @@ def _read_sections(path: Path, overrides: Iterable[str]) -> tuple[dict[str, dict
     if not isinstance(content, dict):
         raise PacaError(f"{path} must hold sections (model:, data:, ...), not {shown(content)}.")
     names = list(ALL)
-    mistakes = Mistakes()
+    given: dict[str, dict[str, Any]] = {}
     for name, values in content.items():
         with mistakes.noted():
             if name not in names:
+                meant = nearest(name, [other for other in names if other not in content], cutoff=0.75)
+                if meant is not None and isinstance(values, dict):
+                    given[meant] = values
+                    origins.rename(name, meant)
                 hint = _OF_OTHERS.get(name) or ("" if isinstance(values, dict) else _section_of(name))
                 raise PacaError(f"{origins.of(name)}: there is no section {name!r}.{hint or section_hint(name, names)}")
             if values is not None and not isinstance(values, dict):
                 form = f" Give it as {name}: {{{FIRST[name]}: {values}}}" if name in FIRST else ""
                 raise PacaError(f"{origins.of(name)}: the section {name} must hold keys, not {shown(values)}.{form}")
-    mistakes.tell()
+            given[name] = dict(values or {})
     sections: dict[str, dict[str, Any]] = {
-        name: dict(content.get(name) or {}) for name in names if name in content or name not in METHODS
+        name: given.get(name, {}) for name in names if name in given or name not in METHODS
     }
-    apply_overrides(sections, overrides, origins, lambda: _keys_of_all(_first_method(sections), sections))
+    for override in overrides:
+        with mistakes.noted():
+            apply_overrides(sections, [override], origins, lambda: _keys_of_all(_first_method(sections), sections))
     return sections, origins
 
 
@@ -175,8 +194,7 @@ def _first_method(sections: dict[str, dict[str, Any]]) -> str:
     return next((name for name in METHODS if sections.get(name)), "paca")
 
 
-def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
-    """The method whose section is there; `paca`, whose section is made, without one."""
+def _check_one_method(sections: dict[str, dict[str, Any]], origins: Origins) -> None:
     given = [name for name in METHODS if name in sections]
     if len(given) > 1:
         places = " and ".join(f"{name} ({origins.of_section(name)})" for name in given)
@@ -184,9 +202,6 @@ def _method(sections: dict[str, dict[str, Any]], origins: Origins) -> str:
             f"{origins.path}: a run has one method, and these are given: {places}. Keep one of them; --set "
             f"{given[0]}=null leaves {given[0]} out."
         )
-    if not given:
-        sections["paca"] = {}
-    return given[0] if given else "paca"
 
 
 def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Iterable[str]]]:
@@ -220,8 +235,6 @@ def _keys_of_all(method: str, sections: dict[str, dict[str, Any]]) -> Iterator[t
 
 
 def _build_section(name: str, section_type: type, values: dict[str, Any], origins: Origins) -> Any:
-    annotations = typing.get_type_hints(section_type)
-    check_section(name, values, annotations, origins)
     for option in dataclasses.fields(section_type):
         if option.name not in values and option.default is dataclasses.MISSING:
             raise PacaError(f"{origins.path}: {name}.{option.name} is missing; it must be given.")

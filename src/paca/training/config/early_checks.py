@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,14 @@ from paca.data import file_names
 from paca.messages.errors import PacaError
 from paca.pretrained import location
 from paca.training.config.key_checks import WORDS_OF_TRAIN, Mistakes, Origins, check_section
+
+OWN: dict[str, Any] = {
+    "trainer": str,
+    "autocast_adapter_dtype": bool,
+    "factor_rank": int | None,
+    "early_stopping_patience": int | None,
+}
+"""Keys of ours: which trainer, an argument of `peft.get_peft_model`, one of `paca.FactoredAdamW`, one of a callback."""
 
 OWNED = {
     "output_dir": "the run folder is output.dir",
@@ -33,6 +43,8 @@ OWNED = {
     "local_rank": "the launcher (torchrun) sets it",
 }
 """Fields of the trainers' settings that have another place, and which."""
+REFUSED_EARLY = {*OWNED, *WORDS_OF_TRAIN}
+"""Keys of `train`, by `check_early`."""
 
 
 def check_early(method: str, sections: Mapping[str, Mapping[str, Any]], origins: Origins) -> None:
@@ -58,6 +70,19 @@ def check_early(method: str, sections: Mapping[str, Mapping[str, Any]], origins:
             if name in WORDS_OF_TRAIN:
                 raise PacaError(f"{place} there is no key train.{name}. Did you mean train.{WORDS_OF_TRAIN[name]}?")
     mistakes.tell()
+
+
+def may_be_wrong(names: Iterable[str]) -> bool:
+    """Whether the trainers' sources lack any of these keys of `train`: for that they are worth an import, which tells.
+
+    Keys of ours that a trainer alone has, such as `reward_funcs`, may be right and are not found either.
+    """
+    known = set(OWN)
+    for package, files in {"trl": "trainer/*_config.py", "transformers": "training_args.py"}.items():
+        spec = find_spec(package)  # imports nothing
+        for source in Path(spec.origin).parent.glob(files) if spec is not None and spec.origin is not None else ():
+            known.update(re.findall(r"^    (\w+): ", source.read_text(encoding="utf-8"), re.MULTILINE))
+    return not known.issuperset(names)
 
 
 def missing_paths(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -32,6 +32,11 @@ class Origins:
         line = self.lines.get(key) or self.lines.get(parent) or self.lines.get(key.partition(".")[0])
         return f"{self.path}, line {line}" if line else str(self.path)
 
+    def rename(self, section: str, meant: str) -> None:
+        """Its keys are going to be called those of the section that is meant."""
+        for key in [key for key in self.lines if key.partition(".")[0] == section]:
+            self.lines[meant + key.removeprefix(section)] = self.lines[key]
+
     def of_section(self, name: str) -> str:
         """The same for a whole section."""
         given = name not in self.lines and any(key.partition(".")[0] == name for key in self.overridden)
@@ -60,7 +65,7 @@ class Mistakes:
         if len(self._found) == 1:
             raise self._found[0]
         if self._found:
-            raise PacaError("\n".join(map(str, self._found)))
+            raise PacaError("\n".join(dict.fromkeys(map(str, self._found))))  # two checks may find the same
 
 
 WORDS_OF_TRAIN = {

@@ -15,19 +15,11 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from paca.messages.errors import PacaError
-from paca.training.config.early_checks import OWNED
+from paca.training.config.early_checks import OWN, OWNED
 from paca.training.config.key_checks import Mistakes, Origins, check_section
 from paca.training.config.learning_rate import AUTO, automatic_rate
 from paca.training.reporting.tracking import check_trackers
 from paca.training.trainers import TRAINERS, trainer_kind
-
-OWN: dict[str, Any] = {
-    "trainer": str,
-    "autocast_adapter_dtype": bool,
-    "factor_rank": int | None,
-    "early_stopping_patience": int | None,
-}
-"""Keys of ours: which trainer, an argument of `peft.get_peft_model`, one of `paca.FactoredAdamW`, one of a callback."""
 
 _WITHOUT_EFFECT = ("trainer", "include_num_input_tokens_seen", "remove_unused_columns")
 """On the result, whatever our default for them."""
