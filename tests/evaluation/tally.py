@@ -11,7 +11,7 @@ class Tally:
         self.done = 0
         self.stop_after = stop_after
 
-    def begin(self, who: str, what: str, total: int) -> None:
+    def begin(self, who: str, what: str, total: int, at_a_time: int = 1) -> None:
         self.begun.append((who, total))
 
     def advance(self) -> None:

@@ -23,7 +23,7 @@ def longest_first(
 
     With `kept`, which calls the results `what`, only of those that it has none of; theirs come as JSON has them.
     """
-    found: dict[int, Result] = {} if kept is None else kept.begin(what, items)
+    found: dict[int, Result] = {} if kept is None else kept.begin(what, items, batch_size)
     missing = (index for index in range(len(items)) if index not in found)
     order = sorted(missing, key=lambda index: -length(items[index]))
     for start in range(0, len(order), batch_size):

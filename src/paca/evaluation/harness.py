@@ -175,11 +175,11 @@ class _WatchedModel(HFLM):
         self.cache_hook = _CountingHook(cache_hook, self._watcher)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._watcher.begin(self._who, "options compared", len(requests))
+        self._watcher.begin(self._who, "options compared", len(requests), self.batch_size_per_gpu)
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        self._watcher.begin(self._who, "texts read", len(requests))
+        self._watcher.begin(self._who, "texts read", len(requests), self.batch_size_per_gpu)
         return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
@@ -187,8 +187,8 @@ class _WatchedModel(HFLM):
         return list(super()._loglikelihood_tokens(requests, **{**options, "disable_tqdm": True}))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        self._watcher.begin(self._who, "answers written", len(requests))
         one = 1 if learns_a_prompt(self.model) else self.batch_size_per_gpu  # padding would come after what is learned
+        self._watcher.begin(self._who, "answers written", len(requests), one)
         with patch.object(self, "batch_size_per_gpu", one):
             return list(super().generate_until(requests, disable_tqdm=True))
 

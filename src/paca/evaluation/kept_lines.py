@@ -37,17 +37,18 @@ class KeptAnswers:
         rows = [] if file is None else lines_of(file)
         self._kept = {row["key"]: row["answer"] for row in rows if isinstance(row.get("key"), str) and "answer" in row}
 
-    def begin(self, what: str, asked: Sequence[Any]) -> dict[int, Any]:
+    def begin(self, what: str, asked: Sequence[Any], at_a_time: int = 1) -> dict[int, Any]:
         """The answers that are kept already, as JSON has them, by position in `asked`.
 
         Args:
             what: What the answers are, for people.
             asked: What is to be answered, as JSON can hold it.
+            at_a_time: How many answers come together.
         """
         keys = [_key(what, one) for one in asked]
         found = {index: self._kept[key] for index, key in enumerate(keys) if key in self._kept}
         if missing := len(asked) - len(found):
-            self._watcher.begin(self._side, what, missing)
+            self._watcher.begin(self._side, what, missing, at_a_time)
         return found
 
     def add(self, what: str, asked: Any, answer: Any) -> None:

@@ -33,8 +33,8 @@ def told_of_base(run: str | Path) -> str | None:
 class Watcher(Protocol):
     """Shows how far an evaluation is."""
 
-    def begin(self, who: str, what: str, total: int) -> None:
-        """So many answers of one kind are to be computed; those that were kept are not counted."""
+    def begin(self, who: str, what: str, total: int, at_a_time: int = 1) -> None:
+        """So many answers of one kind are to be computed, in batches; those that were kept are not counted."""
 
     def advance(self) -> None:
         """One more is there."""

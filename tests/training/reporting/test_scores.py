@@ -73,9 +73,11 @@ def test_whoever_waits_for_scores_is_told_how_many_there_are(
     settings = ("eval.metric=exact_match", "eval.max_new_tokens=2", "data.eval=3", "train.max_steps=1")
     train_command(config, set_=[f"output.dir={tmp_path / 'run'}", *settings])
     lines = capsys.readouterr().out.splitlines()
-    start = lines.index("Measuring exact_match on 3 held-out examples ...")
-    told = [f"{when} training: {done} of 3 answers written" for when in ("before", "after") for done in range(4)]
-    assert lines[start + 1 : start + 9] == told
+    start = lines.index("Measuring exact_match on 3 held-out examples, before and after training ...")
+    told = lines[start + 1 : start + 5]
+    for when, lines_of_it in {"before": told[:2], "after": told[2:]}.items():
+        assert lines_of_it[0] == f"{when} training: 0 of 3 answers written"  # a batch has all of them
+        assert lines_of_it[1].startswith(f"{when} training: 3 of 3 answers written, in 0:")
 
 
 def test_questions_with_options_train_and_are_scored_by_choice(tmp_path: Path) -> None:

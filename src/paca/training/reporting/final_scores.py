@@ -82,7 +82,8 @@ def scores_by(
     score = partial(scorer.score, tokenizer=trainer.processing_class, rows=rows)
     found: dict[str, Any] = {}
     # No line that moves: the scorer may show one, and a terminal has room for one.
-    say(console, f"Measuring {wanted.metric} on {len(rows):,} held-out examples ...")
+    when = " and ".join(side for side in ("before", "after") if getattr(wanted, side))
+    say(console, f"Measuring {wanted.metric} on {len(rows):,} held-out examples, {when} training ...")
     if wanted.before and isinstance(trained, PeftModel) and left_on(trained) is None:
         with as_it_began(trained, config):
             found["before"] = score(trained, when="before training")
