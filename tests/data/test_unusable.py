@@ -82,8 +82,40 @@ def test_how_many_more_there_are_is_told(tmp_path: Path) -> None:
     with pytest.raises(PacaError, match=r"line 2: .*: 1 more of the 2 records after it is such\.$"):
         load_examples(source, limit=4)
     source = write(tmp_path / "two.jsonl", bad[:2])
-    with pytest.raises(PacaError, match=r"line 1: .*: the one record after it is such too\.$"):
+    with pytest.raises(PacaError, match=r"line 1: .*: the next record is such too\.$"):
         load_examples(source)
+
+
+def test_how_many_more_have_the_same_error_is_told(tmp_path: Path) -> None:
+    fine, other = turns({"content": "b"}), turns({"content": 5})
+    bot = {"messages": [*fine["messages"], {"role": "bot", "content": "c"}]}
+    later = {"messages": [*fine["messages"], *bot["messages"]]}
+    source = write(tmp_path / "data.jsonl", [fine, bot, fine, later, other, bot])
+    told = r"line 2: messages\[2\] has the role 'bot'; .* tool\. Rename it in the data, or take such records out\. "
+    for leave_out in (False, True):  # something may be learned from them
+        with pytest.raises(PacaError, match=told + r"2 more of the 4 records after it have the same error\.$"):
+            load_examples(source, leave_out=leave_out)
+    with pytest.raises(PacaError, match=told.strip() + "$"):
+        load_examples(source, limit=3)
+    speaker = {"conversations": [{"from": "bot", "value": "a"}]}
+    with pytest.raises(PacaError, match=r"from 'bot'; .*\. Rename it .* The next record has the same error too\.$"):
+        load_examples(write(tmp_path / "two.jsonl", [speaker, speaker]))
+    with pytest.raises(PacaError, match=r"is from \['human'\]; known are: "):
+        load_examples(write(tmp_path / "list.jsonl", [{"conversations": [{"from": ["human"], "value": "a"}]}]))
+
+
+def test_a_count_that_ends_at_what_cannot_be_read_says_so(tmp_path: Path) -> None:
+    bad, file = {"question": "c?", "answer": ""}, tmp_path / "data.jsonl"
+    write(file, [FINE, bad, bad])
+    whole = file.read_text()
+    file.write_text(whole + '{"question": \n' + whole)
+    ended = r", up to one that can't be read: .*data\.jsonl, line 4 is not valid JSON: .*\.$"
+    with pytest.raises(PacaError, match=r"line 2: .*: the next record is such too" + ended):
+        load_examples(str(file))
+    write(file, [FINE, bad, FINE])
+    file.write_text(file.read_text() + '{"question": \n' + whole)
+    with pytest.raises(PacaError, match=r"line 2: .*: 0 more of the 1 records after it are such" + ended):
+        load_examples(str(file))
 
 
 def test_a_named_column_may_be_absent_from_what_is_left_out(tmp_path: Path) -> None:

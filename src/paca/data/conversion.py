@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -28,7 +27,7 @@ from paca.data.choices import OPTIONS
 from paca.data.formats import Example, Format
 from paca.data.recognition import recognise
 from paca.data.sources import Source
-from paca.messages.errors import NothingToLearn, PacaError
+from paca.messages.errors import NothingToLearn, PacaError, first_line
 from paca.messages.nearest import did_you_mean
 from paca.pretrained.quiet import without_progress_bars
 from paca.pretrained.whole_output import write_whole
@@ -56,12 +55,14 @@ class _MoreColumns(PacaError):
     """An example has columns that the first one lacks."""
 
 
-class _Unusable(NothingToLearn):
-    """Nothing can be learned from the record of a place, and none is left out."""
+class _Refused(PacaError):
+    """The record of a place is wrong, or nothing can be learned from it and none is left out."""
 
-    def __init__(self, place: str, reason: str) -> None:
+    def __init__(self, place: str, reason: str, unusable: bool) -> None:
         super().__init__(f"{place}: {reason}")
-        self.place = place
+        self.place, self.unusable = place, unusable
+        self.kind = "unusable" if unusable else re.sub(r"\d+", "", reason)
+        """What is the same for others like it: which message of a conversation it is, is not."""
 
 
 def converted(
@@ -77,22 +78,33 @@ def converted(
     """
     try:
         return _converted(found, form, family, limit, leave_out, there)
-    except _Unusable as error:
-        raise PacaError(f"{error}{_others(found, form, error.place, limit)}") from None
+    except _Refused as error:
+        more = _others(found, form, error, limit)
+        if error.unusable:
+            instead = "Or leave such records out with data.unusable: leave_out (in Python leave_out=True)"
+            raise PacaError(f"{error} {instead}{more and ': '}{more}.") from None
+        raise PacaError(f"{error}{more and ' '}{more[:1].upper()}{more[1:]}{more and '.'}") from None
 
 
-def _others(found: Source, form: Format, place: str, limit: int | None) -> str:
-    """What to do instead with the record of a place, and how many others of those after it are like it."""
-    count = seen = 0
-    rows = itertools.dropwhile(lambda one: one[0] != place, itertools.islice(_rows(found, form), limit))
-    with suppress(PacaError):  # one that can't be read ends the count
+def _others(found: Source, form: Format, first: _Refused, limit: int | None) -> str:
+    """How many of the records after the first one that is refused are refused for the same; empty if none is."""
+    count, seen, ended = 0, 0, ""
+    rows = itertools.dropwhile(lambda one: one[0] != first.place, itertools.islice(_rows(found, form), limit))
+    try:
         for one in itertools.islice(rows, 1, 1 + _LOOKED_AT):
             seen += 1
-            with suppress(PacaError):  # something else is wrong with it
-                count += _convert(found, form, *one, leave_out=True) is None
-    more = f": {count:,} more of the {seen:,} records after it {'are' if count > 1 else 'is'} such" if count else ""
-    more = ": the one record after it is such too" if count == seen == 1 else more
-    return f" Or leave such records out with data.unusable: leave_out (in Python leave_out=True){more}."
+            try:
+                _convert(found, form, *one, leave_out=False)
+            except _Refused as other:
+                count += other.kind == first.kind
+    except PacaError as error:
+        ended = f", up to one that can't be read: {first_line(error).removesuffix('.')}"
+    if not count and not ended:
+        return ""
+    alone = count == seen == 1
+    which = "the next record" if alone else f"{count:,} more of the {seen:,} records after it"
+    are, have = ("is", "has") if count == 1 else ("are", "have")
+    return f"{which} {f'{are} such' if first.unusable else f'{have} the same error'}{' too' if alone else ''}{ended}"
 
 
 def _converted(
@@ -208,9 +220,9 @@ def _convert(source: Source, form: Format, place: str, row: rows.Row, leave_out:
     except NothingToLearn as error:
         if leave_out:
             return None
-        raise _Unusable(place, _in_own_words(error, source)) from None
+        raise _Refused(place, _in_own_words(error, source), unusable=True) from None
     except PacaError as error:
-        raise PacaError(f"{place}: {_in_own_words(error, source)}") from None
+        raise _Refused(place, _in_own_words(error, source), unusable=False) from None
 
 
 def _in_own_words(error: PacaError, source: Source) -> str:

@@ -27,6 +27,8 @@ _SPEAKERS = {role: role for role in ("system", "user", "assistant", "tool")} | {
     "observation": "tool",
 }
 
+_RENAME = " Rename it in the data, or take such records out."
+
 
 @dataclass(frozen=True)
 class Format:
@@ -59,15 +61,13 @@ def _from_messages(row: Row) -> Example:
 def _from_sharegpt(row: Row) -> Example:
     messages: list[Message] = []
     for index, turn in enumerate(_list_of_objects(row["conversations"], "conversations")):
+        name, speaker = f"conversations[{index}]", turn.get("from")
         if "role" in turn:
-            messages.extend(_messages([turn], f"conversations[{index}]"))
+            messages.extend(_messages([turn], name))
             continue
-        speaker = turn.get("from")
-        if speaker not in _SPEAKERS:
-            raise PacaError(f"conversations[{index}] is from {speaker!r}; known are: {', '.join(_SPEAKERS)}.")
-        messages.append(
-            {"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), f"conversations[{index}].value")}
-        )
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise PacaError(f"{name} is from {speaker!r}; known are: {', '.join(_SPEAKERS)}.{_RENAME}")
+        messages.append({"role": _SPEAKERS[speaker], "content": _text(turn.get("value"), f"{name}.value")})
     return _conversation(with_system(messages, row.get("system")), row.get("tools"))
 
 
@@ -162,7 +162,7 @@ def _messages(value: object, name: str) -> list[Message]:
         message = {key: field for key, field in given.items() if field is not None}
         role = message.get("role")
         if role not in ROLES:
-            keys = f" Its keys are {', '.join(given)}." if role is None else did_you_mean(str(role), ROLES)
+            keys = f" Its keys are {', '.join(given)}." if role is None else did_you_mean(str(role), ROLES) or _RENAME
             if isinstance(role, str) and role in _SPEAKERS:
                 keys = f" Rename it to {_SPEAKERS[role]!r}."
             raise PacaError(f"{name}[{index}] has the role {role!r}; expected one of {', '.join(ROLES)}.{keys}")
