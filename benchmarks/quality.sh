@@ -99,7 +99,7 @@ for task in "$@"; do
                 ;;
             encyclopedia-long-parameters)
                 config=encyclopedia rates=7.8e-4,1.25e-3,2e-3
-                own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=4.87e-4,7.8e-4,1.25e-3)
+                own=(--lr lora=4.87e-4,7.8e-4,1.25e-3)
                 changed=(--set train.max_steps=300 --set train.lr_scheduler_type=linear)
                 ;;
             encyclopedia-long-memory) # within the memory of r 256 in whole batches; its rows are those of equal time

@@ -21,7 +21,7 @@ TEXT = re.sub(r"\s+", " ", re.sub(r"\]\([^)]*\)", "]", README))
 
 def row_of_table(name: str) -> list[list[str]]:
     """The numbers in each cell behind the first of the table's row whose first cell begins so."""
-    (line,) = (line for line in README.splitlines() if line.startswith((f"| {name} |", f"| [{name}]")))
+    (line,) = (line for line in README.splitlines() if line.startswith((f"| {name} |", f"| [{name}]", f"|[{name}]")))
     return [re.findall(r"\d+\.\d+", cell) for cell in line.split("|")[2:-1]]
 
 
@@ -76,7 +76,7 @@ def means(page: str, value: str) -> dict[str, float]:
         ("equal memory, encyclopedia", "encyclopedia-long-memory", "loss"),
         ("equal memory, GSM8K", "gsm8k-long-memory", "score"),
         ("equal memory, ARC", "arc-long-memory", "score"),
-        ("equal parameters, encyclopedia", "encyclopedia-parameters", "loss"),
+        ("equal parameters, encyclopedia", "encyclopedia-long-parameters", "loss"),
         ("equal parameters, ARC", "arc-long-parameters", "score"),
     ],
 )
