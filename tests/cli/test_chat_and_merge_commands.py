@@ -66,6 +66,27 @@ def test_piped_turns_share_a_history_until_reset(run: Path) -> None:
     assert "New conversation." in done.stderr
 
 
+@pytest.mark.slow(reason="starts the program anew")
+def test_the_system_message_that_all_training_data_began_with_is_given(run: Path, tmp_path: Path) -> None:
+    """A model that was trained below one and is asked without it answers as if it had hardly been trained."""
+    own = shutil.copytree(run, tmp_path / "own")
+    (own / "summary.json").write_text(json.dumps({"data": {"system": "Be brief."}}))
+    asked = ("--prompt", "Hello", "--max-new-tokens", 20)
+    told = "Asked with the system message of the training data: 'Be brief.'. --system TEXT gives another one, "
+    for base in (False, True):
+        done = forked_paca("chat", own, *asked, *(["--base"] if base else []))
+        assert done.stdout == expected_reply(run, "Hello", base=base, system="Be brief.") + "\n"
+        assert done.stderr.startswith(told)
+    for given in ("", "Shout."):
+        done = forked_paca("chat", own, *asked, "--system", given)
+        assert (done.stdout, done.stderr) == (expected_reply(run, "Hello", system=given or None) + "\n", "")
+    done = forked_paca("chat", run, *asked, "--beside", own)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"{own}: {told}--system '' none.\n"
+    both = SideBySide(str(own), "base", None, Console(quiet=True), max_new_tokens=20)
+    assert both.remarks == ["Both: Asked with the system message of the training data: 'Be brief.'."]
+
+
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from cli.paca_process import forked_paca
 from paca.data import end_of_turn
 from paca.messages.errors import PacaError
-from paca.pretrained.conversation import other_form, unknown_form
+from paca.pretrained.conversation import opening, other_form, unknown_form
 from paca.pretrained.generation import load_for_generation, stream_reply
 from paca.training import load_run_config, train
 from paca.training.plan import Plan
@@ -223,6 +223,21 @@ def test_pairs_of_texts_are_learned_without_the_models_template(
 def test_a_form_that_cannot_work_is_refused(workspace: Path, override: str, message: str) -> None:
     with pytest.raises(PacaError, match=message):
         plan_of(workspace, override)
+
+
+def test_a_run_keeps_the_system_message_that_all_its_data_begins_with(workspace: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Look"}, {"role": "assistant", "content": "Yes"}]
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, *turns]}] * 2
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"output.dir={tmp_path / 'run'}", "train.max_steps=1", "data.template=chatml"]
+    result = train(
+        load_run_config(workspace / "config.yaml", [*overrides, f"data.train={tmp_path / 'chats.jsonl'}"]),
+        console=Console(quiet=True),
+    )
+    assert result.summary is not None
+    assert result.summary["data"]["system"] == "Be brief."
+    assert opening(load_for_generation(result.folder), None) == rows[0]["messages"][:1]
+    assert opening(load_for_generation(result.folder / "adapter"), "") == []
 
 
 def test_chat_says_that_an_adapters_form_is_unknown(run: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from paca.pretrained.generation import LoadedModel, Message
 
 HELP = "/reset starts a new conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an answer."
+SYSTEM_HELP = "--system TEXT gives another one, --system '' none."
 TOOLS_HELP = "/tool TEXT answers a call: TEXT is what the tool says."
 
 
@@ -29,7 +30,13 @@ def chat(
         str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a run, an adapter or a model; or hub id.")
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this once, on standard output, and stop.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system message of each conversation.")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="The system message of each conversation; '' for none.",
+            show_default="the one that all training data began with, if any",
+        ),
+    ] = None,
     tools: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="What the model may call: a JSON list of definitions, as OpenAI's."),
@@ -66,13 +73,15 @@ def chat(
         from paca.cli.chat_beside import SideBySide
 
         both = SideBySide(path, beside, system, Console(), **sampling)
+        for line in both.remarks:
+            say(f"{line} {SYSTEM_HELP}")
         if prompt is not None:
             both.ask(prompt)
             return
         say(commands)
         converse(both, commands)
         return
-    from paca.pretrained.conversation import answering, check_tools, opening, speaker, unknown_form
+    from paca.pretrained.conversation import answering, check_tools, opening, speaker, told_of_system, unknown_form
     from paca.pretrained.generation import load_for_generation
 
     if path.lower().endswith(".gguf"):
@@ -81,6 +90,8 @@ def chat(
     conversation = Conversation(loaded, opening(loaded, system), **sampling)
     if remark := unknown_form(loaded, base):
         say(remark)
+    if remark := told_of_system(loaded, system):
+        say(f"{remark} {SYSTEM_HELP}")
     if defined is not None:
         check_tools(loaded, defined)
     with answering(loaded, base):

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from paca.messages.shown import without_controls
-from paca.pretrained.conversation import answering, check_tools, opening, unknown_form
+from paca.pretrained.conversation import answering, check_tools, opening, told_of_system, unknown_form
 from paca.pretrained.generation import Message, stream_reply
 from paca.pretrained.hub_adapter import adapter_of_hub
 from paca.pretrained.in_turn import ModelsInTurn
@@ -26,13 +26,18 @@ class SideBySide:
         self._places = [str(adapter_of_hub(name) or name) for name, _ in self.sides]
         self._models = ModelsInTurn()
         self.titles: list[str] = []
+        told: dict[str, str | None] = {}
         for side, (name, base) in enumerate(self.sides):
             loaded = self._load(side)
             with answering(loaded, base):  # raises where there is no adapter to leave out
                 if tools := sampling.get("tools"):
                     check_tools(loaded, tools)
                 title = f"{loaded.base}, without adapter" if base else name
+            told[title] = told_of_system(loaded, system)
             self.titles.append(f"{title}\n{unknown_form(loaded, base) or ''}".strip())
+        if len(told) == 2 and len(set(told.values())) == 1:
+            told = {"Both": told[title]}
+        self.remarks = [f"{who}: {text}" for who, text in told.items() if text is not None]
         self.begin()
 
     def begin(self) -> None:

@@ -203,13 +203,22 @@ def base_of_whole(folder: str | Path) -> str | None:
         return None
 
 
+def system_of_training(trained: Path) -> str | None:
+    """The system message that all began with of what a run's `adapter/` or `model/` saw, if the run says so."""
+    return _said_of_data(trained, "system")
+
+
 def form_of_training(trained: Path) -> Literal["texts", "template"] | None:
     """Whether a run's `adapter/` or `model/` saw texts as they stand or a chat template; None where no run says so."""
-    try:
-        said = _said_by_the_run(trained, "data", "template")
-    except PacaError:  # a summary that is none
-        said = None
+    said = _said_of_data(trained, "template")
     return None if said is None else "texts" if said.startswith("none") else "template"
+
+
+def _said_of_data(trained: Path, name: str) -> str | None:
+    try:
+        return _said_by_the_run(trained, "data", name)
+    except PacaError:  # a summary that is none
+        return None
 
 
 def _said_by_the_run(trained: Path, part: str, name: str) -> str | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from paca.lean.float32_products import fastest_products
 from paca.messages.errors import PacaError
-from paca.pretrained.adapter_folder import base_of_whole, form_of_training
+from paca.messages.shown import shown
+from paca.pretrained.adapter_folder import base_of_whole, form_of_training, system_of_training
 from paca.pretrained.bounded_template import conversation_text
 from paca.pretrained.changed_base import left_on
 from paca.pretrained.generation import LoadedModel, Message
@@ -18,12 +19,28 @@ from paca.pretrained.generation import LoadedModel, Message
 def opening(loaded: LoadedModel, system: str | None) -> list[Message]:
     """The messages that a conversation starts with: none, or the system message.
 
+    Args:
+        loaded: The model.
+        system: Its text; empty for none. None is the one that all of the training data began with, if there is one: a
+            model that is asked without it answers as if it had hardly been trained.
+
     Raises:
         PacaError: There is one, and the model has no place for it.
     """
-    if system is not None and loaded.tokenizer.chat_template is None:
+    if system and loaded.tokenizer.chat_template is None:
         raise PacaError("This model has no chat template, so there is no place for a system message.")
-    return [] if system is None else [{"role": "system", "content": system}]
+    text = _system_of_training(loaded) if system is None else system
+    return [{"role": "system", "content": text}] if text else []
+
+
+def told_of_system(loaded: LoadedModel, system: str | None) -> str | None:
+    """What a person should know of an `opening` that was not asked for."""
+    text = _system_of_training(loaded) if system is None else None
+    return f"Asked with the system message of the training data: {shown(text)}." if text else None
+
+
+def _system_of_training(loaded: LoadedModel) -> str | None:
+    return None if loaded.tokenizer.chat_template is None else system_of_training(_trained(loaded))
 
 
 def check_tools(loaded: LoadedModel, tools: Sequence[dict[str, Any]]) -> None:
@@ -77,7 +94,11 @@ def other_form(loaded: LoadedModel, in_template: bool) -> str | None:
 
 
 def _trained_in(loaded: LoadedModel) -> str | None:
-    return form_of_training(loaded.adapter or Path(loaded.base))
+    return form_of_training(_trained(loaded))
+
+
+def _trained(loaded: LoadedModel) -> Path:
+    return loaded.adapter or Path(loaded.base)
 
 
 def speaker(loaded: LoadedModel, base: bool) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from paca.config import PacaConfig
 from paca.data.packing import Packed
+from paca.data.system_message import shared_system
 from paca.lean import make_lean, undo_lean
 from paca.messages.errors import PacaError, about
 from paca.messages.processes import launched_processes
@@ -130,6 +131,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     layers = _adapted_layers(adapted.base_model) if method != "full" else []
     sequences = config.train["per_device_train_batch_size"] * config.train["gradient_accumulation_steps"] * processes
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
+    data.system = shared_system(train) if whole else None
     data = kind.shape(config, data, whole=whole)
     if data.packed is not None:
         steps = _steps(config, given, len(train.dataset), processes, data.packed)

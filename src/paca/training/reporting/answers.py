@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paca.messages.errors import PacaError
-from paca.pretrained.conversation import answering, opening, speaker, unknown_form
+from paca.pretrained.conversation import answering, opening, speaker, told_of_system, unknown_form
 from paca.pretrained.generation import stream_reply
 from paca.pretrained.in_turn import ModelsInTurn
 from paca.training.folder.found_runs import find_answering, name_in, state_of
@@ -58,7 +58,7 @@ class SideBySide:
         Args:
             left, right: Names of `choices`, or `BASE` for one of them.
             prompt: What is asked.
-            system: The system message; empty for none.
+            system: The system message; empty for the one that all training data of a side began with, if any.
             max_new_tokens: Longest answer, in tokens.
             temperature: As of `stream_reply`.
         """
@@ -98,8 +98,8 @@ class SideBySide:
                 f"The base model is loaded with the adapter of the other side. {error}" if base else str(error)
             ) from error
         who = speaker(loaded, base)
-        if remark := unknown_form(loaded, base):
-            who += f". {remark}"
+        for remark in (unknown_form(loaded, base), told_of_system(loaded, system or None)):
+            who += "" if remark is None else f". {remark}"
         messages = [*opening(loaded, system or None), {"role": "user", "content": prompt}]
         answer = ""
         yield Shown(note=f"{who} ...")

@@ -40,7 +40,7 @@ def page_of(sides: SideBySide, curves: str) -> Any:
                         shown.append(box)
                         shown.append(gr.Textbox(label=f"{side} note", max_lines=6))
             with gr.Accordion("Settings", open=False):
-                system = gr.Textbox(label="System message")
+                system = gr.Textbox(label="System message", placeholder="When empty, that of a run's training data.")
                 length = gr.Slider(1, _MOST_TOKENS, 256, step=1, label="Longest answer, in tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature: 0 takes the likeliest token each time")
 

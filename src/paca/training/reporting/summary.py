@@ -52,6 +52,7 @@ def summary_of(
             "format": data.train.format,
             "description": data.train.description,
             "template": data.template,
+            "system": data.system,
             "sample": None if data.sample is None else data.sample.as_dict(),
             "train_examples": plan.train_examples,
             "eval_examples": plan.eval_examples,

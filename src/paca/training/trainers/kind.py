@@ -45,6 +45,8 @@ class RunData:
     """How many training and held-out examples will be, as nothing can be learned from them."""
     labels: list[str] | None = None
     """Of a classifier."""
+    system: str | None = None
+    """The system message that all of the training data begins with."""
     context: int | None = None
     """`paca.pretrained.context_length` of the model, once that is known."""
 
