@@ -304,6 +304,7 @@ WITHOUT_GRADIO = pytest.mark.skipif(find_spec("gradio") is not None, reason="gra
         (["chat", "answer"], "No such folder: answer. Did you mean 'runs/answers'? Give a run"),
         (["chat", "answers"], "No such folder: answers. Did you mean 'runs/answers'? Give a run"),
         (["chat", "runs/answer"], "No such folder: runs/answer. Did you mean 'runs/answers'? Give a run"),
+        (["chat", "adapter", "--beside", "bse"], "Did you mean base, the model without the adapter?"),
         (["chat", "broken"], "broken/adapter_config.json is broken: Expecting"),
         (["merge", "broken", *OUTPUT], "It should be a JSON object; copy or save it again."),
         (["train", "runs/answers"], "is a folder; a YAML file was expected. Did you mean 'runs/answers/config.yaml'?"),

@@ -13,6 +13,7 @@ import typer
 
 from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
+from paca.messages.nearest import nearest
 from paca.messages.shown import printable, without_controls
 from paca.pretrained.adapter_folder import find_adapter
 
@@ -63,7 +64,12 @@ def chat(
     defined = None if tools is None else read_tools(tools)
     find_adapter(path, or_hub=True)  # before what it takes to load one: a wrong path is no reason to wait
     if beside not in (None, "base"):
-        find_adapter(str(beside), or_hub=True)
+        try:
+            find_adapter(str(beside), or_hub=True)
+        except PacaError as error:
+            if nearest(str(beside), ["base"], cutoff=0.7) is None:
+                raise
+            raise PacaError(f"{error} Did you mean base, the model without the adapter?") from None
     import_libraries()
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "tools": defined}
     commands = HELP if defined is None else f"{HELP} {TOOLS_HELP}"
