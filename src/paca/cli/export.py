@@ -11,6 +11,7 @@ import typer
 from paca.cli.starting import import_libraries
 from paca.convert.beforehand import adapter_in, adapter_output, gguf_output
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 from paca.messages.say import put
 from paca.messages.units import format_bytes
 from paca.pretrained.adapter_folder import ADAPTER_WEIGHTS
@@ -36,7 +37,7 @@ def export(
 ) -> None:
     """Write an adapter for other programs: LoRA, a merged model, llama.cpp, or PEFT's own PaCA."""
     if to not in FORMS:
-        raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.")
+        raise PacaError(f"--to is {to!r}; it can be {', '.join(FORMS)}.{did_you_mean(to, FORMS, '{}')}")
     if to == "merged":
         from paca.cli.merge import merge
 

@@ -10,12 +10,14 @@ import typer
 
 from paca.cli.starting import import_libraries
 from paca.messages.errors import PacaError
+from paca.messages.nearest import did_you_mean
 from paca.messages.say import console_for_tables
 from paca.messages.units import parse_bytes
 
 if TYPE_CHECKING:
     from paca.planning.target import Target
 
+LOSSES = ("chunked", "full", "any")
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 
 
@@ -80,11 +82,12 @@ def plan(
 ) -> None:
     """Estimate the memory and the least time of a training, before anything is loaded."""
     _check_simulation(on, compare, steps, device, rate, bandwidth)
-    if loss not in ("chunked", "full", "any"):
-        raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.")
-    if quantization not in (None, "none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any"))):
-        choice = "none, nf4, fp4, int8, or with --memory auto or any"
-        raise PacaError(f"--quantization must be {choice}, not {quantization!r}.")
+    if loss not in LOSSES:
+        raise PacaError(f"--loss must be chunked, full or any, not {loss!r}.{did_you_mean(loss, LOSSES, '{}')}")
+    ways = ("none", *QUANTIZATIONS, *(() if memory is None else ("auto", "any")))
+    if quantization is not None and quantization not in ways:
+        choice, meant = "none, nf4, fp4, int8, or with --memory auto or any", did_you_mean(quantization, ways, "{}")
+        raise PacaError(f"--quantization must be {choice}, not {quantization!r}.{meant}")
     _check_search(memory, global_batch, loss)
     if _is_run(target):
         _refuse_options_of_models(target, r, dtype)
