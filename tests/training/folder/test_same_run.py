@@ -309,6 +309,9 @@ def test_a_finished_run_is_told_of_unless_other_settings_are_asked_for(tmp_path:
     for names in (["v_proj", "q_proj"], ["q_proj", "v_proj"]):  # a set of them
         given = {"r": 8, "target_modules": names}
         assert "nothing to resume" in told_of_finished(folder, replace(config, adapter=given))
+    with pytest.raises(PacaError, match=r"other settings:\n  train.max_steps: 2 → 9\n.*--set model.adapter=") as error:
+        told_of_finished(folder, replace(config, adapter=chosen, train={"max_steps": 9}))
+    assert f"--set model.adapter={tmp_path}" in str(error.value)
     with pytest.raises(PacaError, match=r"other settings:\n  paca.target_modules: .* → \[k_proj\]\n"):
         told_of_finished(folder, replace(config, adapter={"r": 8, "target_modules": ["k_proj"]}))
     with pytest.raises(PacaError, match=r"other settings:\n  train.max_steps: 2 → 3\n"):

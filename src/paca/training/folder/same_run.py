@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,18 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
             lines = "\n".join(f"  {key}: {setting(had.get(key))} → {setting(now[key])}" for key in sorted(other))
             raise PacaError(
                 f"The run in {folder.path} is finished, with other settings:\n{lines}\n"
-                "To train with the new ones, leave --resume out, and give another output.dir."
+                "To train with the new ones, leave --resume out, and give another output.dir. To train its result on, "
+                f"also --set {shlex.quote(_trained_on(folder, config))}"
             )
     steps = f"{folder.read_summary()['steps']:,}"
     return (
         f"The run in {folder.path} is finished, after {steps} steps with the settings in its config.yaml; there is "
         "nothing to resume."
     )
+
+
+def _trained_on(folder: RunFolder, config: RunConfig) -> str:
+    return f"model.name={folder.model}" if config.method == "full" else f"model.adapter={folder.path}"
 
 
 def check_same_model(folder: RunFolder, config: RunConfig, found: Pretrained, *, resume: bool) -> None:
