@@ -348,6 +348,7 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
         (["--on", "h100", "--device", "cpu"], "--device"),
         (["--on", "h100", "--compare", "dora"], "--compare must be lora"),
         (["--compare", "lora"], "--on h100"),
+        (["--compare", "lora"], "for this machine plan it by itself: --set paca=null --set 'lora={}' makes"),
         (["--on", "h100", "--steps", "0"], "1 or more"),
     ],
 )

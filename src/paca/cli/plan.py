@@ -171,6 +171,11 @@ def _check_simulation(
         raise PacaError(f"--steps is {steps}; it must be 1 or more.")
     if on is None and (compare, steps) != (None, None):
         instead = "" if (rate, bandwidth) == (None, None) else " --rate and --bandwidth can't stand in for one."
+        if compare is not None:
+            instead += (
+                " To see LoRA's memory for this machine plan it by itself: --set paca=null --set 'lora={}' makes a "
+                "run's YAML one of LoRA."
+            )
         raise PacaError(f"--compare and --steps are for a simulated device. Name it: --on h100, for example.{instead}")
     if on is not None and (rate is not None or bandwidth is not None or device not in (None, "cuda")):
         raise PacaError("--on brings the rates of its device along. Leave out --rate, --bandwidth and --device.")
