@@ -1,4 +1,4 @@
-"""Held-out examples that are trained on as well are counted."""
+"""Examples that are there more than once are counted: held-out ones that are trained on, and copies to train on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from paca.data import load_examples
+from paca.data import load_examples, overlap
 from paca.data.images import load_images
-from paca.data.overlap import shared
+from paca.data.overlap import shared, told_of_copies
 
 ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(6)]
 
@@ -27,6 +27,20 @@ def test_the_same_words_count_wherever_they_stand(tmp_path: Path, held_out: list
     train = load_examples(write(tmp_path / "train.jsonl", ROWS))
     other = load_examples(write(tmp_path / "test.jsonl", [*held_out, {"question": "New?", "answer": "Yes"}]))
     assert shared(train.dataset, other.dataset) == count
+
+
+def test_copies_among_training_examples_are_told_where_they_are_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(rows: list[dict[str, str]]) -> str:
+        return told_of_copies(load_examples(write(tmp_path / "train.jsonl", rows)).dataset)
+
+    assert told([*ROWS, ROWS[0], ROWS[0]]) == "; 2 of them (25 %) are copies of earlier ones"
+    assert told([*ROWS, {**ROWS[0], "answer": "another"}]) == ""
+    many = [{"question": f"{n}?", "answer": "a"} for n in range(99)]
+    assert told([*many, many[0]]) == ""
+    monkeypatch.setattr(overlap, "SEARCHED", 4)
+    assert told([ROWS[0], *ROWS, ROWS[0]]) == "; 1 of the first 4 (25 %) is a copy of earlier ones"
 
 
 def test_options_that_one_side_lists_make_no_other_example(tmp_path: Path) -> None:

@@ -529,6 +529,8 @@ def test_the_plan_tells_of_held_out_examples_that_are_trained_on(config_file: Pa
     config.data.train, config.data.eval = [config.data.train] * 2, 1
     told = "Warning: 1 of the 1 held-out examples is trained on as well: their scores tell what was learnt by heart."
     assert f"\n{told} Remove the duplicates from data.train.\n" in shown(describe(config))
+    told = "; 39 of them (49 %) are copies of earlier ones; 1 of the 1 held-out"
+    assert told in describe(config).data.train.description
 
 
 def test_a_step_has_no_more_examples_than_there_are(config_file: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState, TrainingAr
 from paca.data import Examples, load_examples, split_heldout
 from paca.data.chat_template import unprompted_header, unused_fields
 from paca.data.evenly import spread_evenly
-from paca.data.overlap import shared
+from paca.data.overlap import shared, told_of_copies
 from paca.data.packing import Packed
 from paca.data.sample import Sample
 from paca.data.tokens import as_template_wants
@@ -233,11 +233,11 @@ def read_texts(config: RunConfig, family: str) -> tuple[Examples, Examples | Non
         held_out = held_out and as_template_wants(held_out, tokenizer)
     if unused := unused_fields(train, tokenizer) if train.is_conversational else []:
         note = f"; the template does not use these fields of messages: {', '.join(unused)}"
-        train = dataclasses.replace(train, description=train.description + note)
+        train = _with_note(train, note)
     answers = train.is_conversational and config.train.get("trainer") != "reward"  # a reward model writes nothing
     if header := unprompted_header(tokenizer) if answers else "":
         note = f"; the template ignores add_generation_prompt, so the model has to write {header!r} before each answer"
-        train = dataclasses.replace(train, description=train.description + note)
+        train = _with_note(train, note)
     return train, held_out, form
 
 
@@ -260,16 +260,17 @@ def read_split(config: RunConfig, loader: Callable[..., Callable[..., Examples]]
     train = load(data.train, split=data.split, limit=data.limit)
     train = _of_whole_files(train, data.sources, "split", data.split)
     if data.eval is None:
-        return train, None
+        return _with_note(train, told_of_copies(train.dataset)), None
     if isinstance(data.eval, str):
         held_out = loader(config, held_out=True)(data.eval, split=data.eval_split)
         held_out = _of_whole_files(held_out, [data.eval], "eval_split", data.eval_split)
     else:
         train, held_out = split_heldout(train, data.eval, data.heldout_seed)
     measured = spread_evenly(held_out.dataset, config.eval.limit)
+    train = _with_note(train, told_of_copies(train.dataset))
     if count := shared(train.dataset, measured):
         said = f"; {count:,} of the {len(measured):,} held-out examples are among them, so trained on"
-        train = dataclasses.replace(train, description=train.description + said)
+        train = _with_note(train, said)
     return train, dataclasses.replace(held_out, dataset=measured, also_trained=count)
 
 
@@ -277,5 +278,8 @@ def _of_whole_files(examples: Examples, sources: list[str], key: str, split: str
     """Say so where the config names a split of what has none."""
     if split == getattr(DataSection, key) or not all(Path(name).expanduser().is_file() for name in sources):
         return examples
-    said = f"; data.{key}: {split} tells nothing here, as a file has no splits"
-    return dataclasses.replace(examples, description=examples.description + said)
+    return _with_note(examples, f"; data.{key}: {split} tells nothing here, as a file has no splits")
+
+
+def _with_note(examples: Examples, note: str) -> Examples:
+    return dataclasses.replace(examples, description=examples.description + note)
