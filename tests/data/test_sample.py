@@ -120,6 +120,16 @@ def test_of_much_data_a_part_is_tokenized_the_same_one_each_time(
     assert 10 < take_sample(examples, byte_tokenizer()).sampled < 200
 
 
+def test_an_outlier_leaves_the_bars_of_all_others_apart(tmp_path: Path) -> None:
+    rows = [{"prompt": "ab" * (1 + n % 20), "completion": "x"} for n in range(99)] + [
+        {"prompt": "ab" * 4000, "completion": "x"}
+    ]
+    bars = [count for _, _, count in take_sample(load(tmp_path, rows), byte_tokenizer()).histogram]
+    assert sum(bars) == 100
+    assert bars[-1] == 1
+    assert sum(count > 5 for count in bars) >= 5
+
+
 def test_one_example_and_equal_ones_have_a_histogram(tmp_path: Path) -> None:
     for count in (1, 3):
         found = take_sample(load(tmp_path, [{"text": "abc"}] * count), byte_tokenizer(), batch_size=4)

@@ -170,7 +170,8 @@ def take_sample(
     origin, pieces, rejected = shown(learned)
     read = [sum(len(tokens.ids[stays]) for tokens in sequences[index]) for index in learned]
     shares = (np.arange(len(kept) + 1) / len(kept)) ** batch_size  # of batches whose longest is among the first n
-    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, _BINS + 1).astype(int))
+    usual = lengths[lengths <= 2 * np.percentile(lengths, 95)].max()  # the few beyond have one bar, the last
+    edges = np.unique([*np.linspace(lengths.min(), usual + 1, _BINS + 1).astype(int), lengths.max() + 1])
     return Sample(
         sampled=len(found),
         examples=count,
