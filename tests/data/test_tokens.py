@@ -344,3 +344,11 @@ def test_trainers_that_render_get_the_form_that_the_template_wants(tmp_path: Pat
         load_examples(str(tmp_path / "calls.jsonl"), family="prompts"), calling_tokenizer(written)
     )
     assert examples.dataset[0]["prompt"][1]["tool_calls"][0]["function"]["arguments"] == kept
+
+
+def test_tokenize_given_something_else_says_what_it_takes(tmp_path: Path) -> None:
+    examples = load(tmp_path, CONVERSATIONS[1])
+    with pytest.raises(TypeError, match=r"whole \(not its .dataset\), and got a Dataset"):
+        tokenize(examples.dataset, byte_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="not its name: AutoTokenizer"):
+        tokenize(examples, "tiny")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import jinja2
@@ -55,7 +56,13 @@ def tokenize(
 
     Raises:
         PacaError: As `encode`.
+        TypeError: A name of a tokenizer, or a dataset alone: what was asked for at loading is not in it.
     """
+    if not isinstance(examples, Examples):
+        kind = type(examples).__name__
+        raise TypeError(f"tokenize takes what load_examples gives, whole (not its .dataset), and got a {kind}.")
+    if isinstance(tokenizer, str | PathLike):
+        raise TypeError(f"tokenize takes a tokenizer, not its name: AutoTokenizer.from_pretrained({str(tokenizer)!r}).")
     dataset = examples.dataset.map(
         _columns,
         fn_kwargs={"tokenizer": tokenizer, "everything": everything, "template": training_template(tokenizer)},
