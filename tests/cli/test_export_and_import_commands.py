@@ -59,6 +59,18 @@ def test_export_to_gguf(run: Path, tmp_path: Path) -> None:
     assert len(gguf.GGUFReader(output).tensors) == 28
 
 
+@pytest.mark.parametrize("form", ["lora", "merged", "gguf"])
+def test_what_is_exported_needs_the_system_message_of_the_training_data(run: Path, tmp_path: Path, form: str) -> None:
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    own = shutil.copytree(run, tmp_path / "own")
+    (own / "summary.json").write_text(json.dumps({"data": {"system": "Be brief."}}))
+    done = forked_paca("export", own, "--to", form, "--output", tmp_path / "out.gguf", "--base-model", run / "base")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("All training data began with the system message 'Be brief.': begin with it too.\n")
+    assert (" --system-prompt 'Be brief.'\n" in done.stdout) == (form == "gguf")
+
+
 @pytest.mark.parametrize("command", ["merge", "export --to lora", "export --to gguf", "export --to peft"])
 def test_ctrl_c_while_it_writes_is_told_in_a_line_and_leaves_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str

@@ -14,7 +14,7 @@ from paca.messages.errors import PacaError
 from paca.messages.nearest import did_you_mean
 from paca.messages.say import put
 from paca.messages.units import format_bytes
-from paca.pretrained.adapter_folder import ADAPTER_WEIGHTS
+from paca.pretrained.adapter_folder import ADAPTER_WEIGHTS, system_of_training
 
 FORMS = ("lora", "merged", "gguf", "peft")
 
@@ -54,6 +54,7 @@ def export(
 
     from paca.convert.exported import export_adapter
     from paca.convert.gguf_adapter import architecture_of
+    from paca.pretrained.conversation import needs_system
     from paca.pretrained.purpose import loading_code
 
     form: Any = to  # one of FORMS
@@ -89,6 +90,8 @@ def export(
     else:
         needs = "paca is not needed" if to == "lora" else "PEFT >= 0.22 needs no paca"
         put(f'Load it onto {adapter.base} with PeftModel.from_pretrained(model, "{output}"); {needs}.')
+    if told := needs_system(adapter_in(path)):
+        put(told)
 
 
 def _bytes_of_weights(folder: Path) -> str:
@@ -101,7 +104,9 @@ def _prompts_form(adapter: Path, base: Path) -> str:
     template, own = adapter / "chat_template.jinja", base / "chat_template.jinja"
     if template.is_file():
         same = own.is_file() and own.read_bytes() == template.read_bytes()
-        return "" if same else f" --jinja --chat-template-file {shlex.quote(str(template))}"
+        system = system_of_training(adapter)
+        said = "" if system is None else f" --system-prompt {shlex.quote(system)}"
+        return said if same else f" --jinja --chat-template-file {shlex.quote(str(template))}{said}"
     # Trained on texts as they stand: not in the form that the GGUF file has.
     return " -no-cnv" if (adapter / "tokenizer_config.json").is_file() else ""
 

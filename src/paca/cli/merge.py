@@ -36,6 +36,7 @@ def merge(
     from transformers.utils import logging
 
     from paca.convert.merged import merge_to_folder
+    from paca.pretrained.conversation import needs_system
 
     logging.disable_progress_bar()
     merged = merge_to_folder(path, output, dtype, base_model=base_model, overwrite=overwrite, verify=verify)
@@ -50,3 +51,5 @@ def merge(
         put(f'Load it with {classifier.auto_class}.from_pretrained("{merged.output}").')
         return
     put(f'Load it with AutoModelForCausalLM.from_pretrained("{merged.output}"), or: {program()} chat {merged.output}')
+    if told := needs_system(merged.adapter or Path(path) / "model"):
+        put(told)

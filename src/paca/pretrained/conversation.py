@@ -39,6 +39,14 @@ def told_of_system(loaded: LoadedModel, system: str | None) -> str | None:
     return f"Asked with the system message of the training data: {shown(text)}." if text else None
 
 
+def needs_system(trained: Path) -> str | None:
+    """What whoever asks the model elsewhere should know: the system message that all of its training data had."""
+    text = system_of_training(trained)
+    return (
+        None if text is None else f"All training data began with the system message {shown(text)}: begin with it too."
+    )
+
+
 def _system_of_training(loaded: LoadedModel) -> str | None:
     return None if loaded.tokenizer.chat_template is None else system_of_training(_trained(loaded))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,34 @@ def test_its_code_loads_what_was_trained_and_its_commands_are_known(
         group.commands[name].make_context(name, arguments)  # an option that there is not would end the program
         names.append(name)
     assert names == ["chat", "export", "merge"]
+
+
+def test_the_system_message_that_all_data_has_is_in_it_as_it_stands(config_file: Path, tmp_path: Path) -> None:
+    system = "Be brief.\n\n```\n---\nor *not*"
+    rows = [
+        {
+            "messages": [
+                {"role": who, "content": text}
+                for who, text in (("system", system), ("user", str(number)), ("assistant", "yes"))
+            ]
+        }
+        for number in range(8)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        f"output.dir={tmp_path / 'run'}",
+        f"data.train={tmp_path / 'chats.jsonl'}",
+        "data.eval=null",
+        "data.template=chatml",
+        *QUICK,
+    ]
+    train(load_run_config(config_file, overrides), console=Console(quiet=True))
+    adapter = tmp_path / "run/adapter"
+    card = (adapter / "README.md").read_text()
+    assert (
+        "\n- all begin with this system message, which a question to the model needs too:\n\n      Be brief.\n" in card
+    )
+    assert "\n      ---\n      or *not*\n\n## Training\n" in card
 
 
 def test_it_loads_the_base_model_quantized_as_it_was(config_file: Path, tmp_path: Path) -> None:

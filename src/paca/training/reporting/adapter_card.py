@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
 
 - trained on {data["train_examples"]:,} examples of {_sources(data["train"])}
 - form of the records: {data["description"]}
-
+{_system(data["system"])}
 ## Training
 
 {" ".join(results)}
@@ -127,6 +128,14 @@ Every setting is in the `config.yaml` of the run, which is not part of this fold
 
 def _sources(train: str | list[str]) -> str:
     return " and ".join(f"`{name}`" for name in ([train] if isinstance(train, str) else train))
+
+
+def _system(text: str | None) -> str:
+    if text is None:
+        return ""
+    return (
+        f"- all begin with this system message, which a question to the model needs too:\n\n{indent(text, ' ' * 6)}\n"
+    )
 
 
 def _what_it_is(name: str, model: str) -> str:
