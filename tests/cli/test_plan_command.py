@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import paca
 from paca.cli import app
 from paca.cli.plan_tables import show_simulated
+from paca.messages.units import format_bytes
 from paca.training.planned_run import target_of_run
 from tiny_checkpoint import WIDE, save_base
 
@@ -340,6 +341,24 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
     assert tokens == pytest.approx(6 * content["typical_sequence_length"])
 
 
+def test_loras_memory_on_this_machine_stands_beside_pacas(base: Path) -> None:
+    options = (str(base), "--seq", "32", "--batch-size", "2", "--device", "cpu", "--rate", "1", "--compare", "lora")
+    content = json.loads(plan(*options, "--json"))
+    methods = content["methods"]
+    assert "simulated" not in content
+    named = [f"{method}: " for method in ("qpaca", "qlora")]
+    assert [*methods][:3] == ["paca", "lora", "lora-tuned"]
+    assert all(any(name in line for line in content["left_out"]) or name[:-2] in methods for name in named)
+    assert methods["paca"]["total"] == content["total"]
+    assert methods["lora"]["saved_activations"] >= methods["lora-tuned"]["saved_activations"]
+    assert methods["lora-tuned"]["saved_activations"] > methods["paca"]["saved_activations"]
+    assert methods["lora"]["trainable"] == pytest.approx(methods["paca"]["trainable"], rel=0.05)
+    text = plan(*options)
+    for method, row in list(methods.items())[:3]:
+        assert re.search(rf"│ {method} +│ +{re.escape(format_bytes(row['total']))} │", text)
+    assert "compare` measures their time, and what they learn." in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -347,8 +366,7 @@ def test_a_run_is_simulated_at_its_typical_length_for_its_steps(base: Path, tmp_
         (["--on", "h100", "--rate", "3"], "--rate"),
         (["--on", "h100", "--device", "cpu"], "--device"),
         (["--on", "h100", "--compare", "dora"], "--compare must be lora"),
-        (["--compare", "lora"], "--on h100"),
-        (["--compare", "lora"], "for this machine plan it by itself: --set paca=null --set 'lora={}' makes"),
+        (["--steps", "3"], "--on h100"),
         (["--on", "h100", "--steps", "0"], "1 or more"),
     ],
 )

@@ -69,7 +69,7 @@ def plan(
         str | None, typer.Option(metavar="DEVICE", help="Simulate a GPU that is not here, such as h100.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(help="With --on, lora: also show LoRA (default and tuned), QPaCA and QLoRA.")
+        str | None, typer.Option(help="lora: also show LoRA (default and tuned), QPaCA and QLoRA.")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="With --on: optimizer steps.", show_default="the run's, else 1,000")
@@ -98,7 +98,8 @@ def plan(
     import_libraries()
     import torch
 
-    from paca.cli.plan_tables import as_json, show_estimate, show_fit, show_simulated
+    from paca.cli.plan_json import as_json
+    from paca.cli.plan_tables import show_estimate, show_fit, show_methods, show_simulated
     from paca.planning import outcome
 
     device = "cuda" if simulated is not None else device
@@ -135,6 +136,8 @@ def plan(
         show_fit(console, result.found, result.rate, planned)
     if result.simulated is not None:
         show_simulated(console, result.simulated, result.steps, planned.counts)
+    if result.methods:
+        show_methods(console, result)
 
 
 def _check_search(memory: str | None, global_batch: int | None, loss: str) -> None:
@@ -169,14 +172,9 @@ def _check_simulation(
         raise PacaError(f"--compare must be lora, not {compare!r}.")
     if steps is not None and steps < 1:
         raise PacaError(f"--steps is {steps}; it must be 1 or more.")
-    if on is None and (compare, steps) != (None, None):
+    if on is None and steps is not None:
         instead = "" if (rate, bandwidth) == (None, None) else " --rate and --bandwidth can't stand in for one."
-        if compare is not None:
-            instead += (
-                " To see LoRA's memory for this machine plan it by itself: --set paca=null --set 'lora={}' makes a "
-                "run's YAML one of LoRA."
-            )
-        raise PacaError(f"--compare and --steps are for a simulated device. Name it: --on h100, for example.{instead}")
+        raise PacaError(f"--steps is for a simulated device. Name it: --on h100, for example.{instead}")
     if on is not None and (rate is not None or bandwidth is not None or device not in (None, "cuda")):
         raise PacaError("--on brings the rates of its device along. Leave out --rate, --bandwidth and --device.")
     if device not in (None, "cpu", "cuda"):

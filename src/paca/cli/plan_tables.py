@@ -1,9 +1,9 @@
-"""What `paca plan` prints: tables, or JSON."""
+"""What `paca plan` prints: tables."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from paca.messages.units import format_bytes, format_duration
 if TYPE_CHECKING:
     from paca.planning import Fit, Setting
     from paca.planning.device_rates import MatmulRate
+    from paca.planning.methods import Planned
     from paca.planning.on_device import OnDevice
     from paca.planning.outcome import Outcome
     from paca.planning.target import Target
@@ -50,7 +51,7 @@ def show_estimate(console: Console, outcome: Outcome) -> None:
         say(console, target.before)
     if target.positions is not None and setting.sequence_length > target.positions:
         console.print(f"The model was made for sequences of at most {target.positions} tokens.", style="yellow")
-    from paca.planning.on_device import method_name
+    from paca.planning.methods import method_name
 
     method = method_name(target.adapter, setting)
     table = Table(title=f"Peak memory of {method},\nreached in: {result.moment}", title_justify="left")
@@ -171,13 +172,7 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: st
             f"{100 * row.time.launch_bound:.0f} %",
         )
     console.print(table)
-    trained: dict[str, list[str]] = {}
-    for row in simulated.rows:
-        trained.setdefault(row.adapter, []).append(row.method)
-    for adapter, methods in trained.items():
-        say(console, f"{', '.join(methods)}: {adapter}.")
-    for reason in simulated.refused:
-        say(console, f"Left out: {reason}")
+    _say_what_is_trained(console, simulated.rows, simulated.refused)
     for note in simulated.notes:
         console.print(note, style="yellow")
     waits = max(row.time.waits for row in simulated.rows)
@@ -187,6 +182,28 @@ def show_simulated(console: Console, simulated: OnDevice, steps: int, counts: st
         f"Simulated from one traced step and the device's figures, entered from memory ({device.source}). Launch-bound "
         f"is the share of the step in which the device waits for the host.{waited} {errors_in_words(device)}",
     )
+
+
+def show_methods(console: Console, outcome: Outcome) -> None:
+    """The table of `--compare` for this machine, on which nothing is simulated."""
+    table = Table(title="Peak memory of each method", title_justify="left")
+    for heading in ("method", "memory", "kept for the\nbackward pass"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in outcome.methods:
+        table.add_row(row.method, format_bytes(row.estimate.total), format_bytes(row.estimate.activations))
+    console.print(table)
+    _say_what_is_trained(console, outcome.methods, outcome.refused)
+    say(console, f"`{program()} compare` measures their time, and what they learn.")
+
+
+def _say_what_is_trained(console: Console, rows: Sequence[Planned], refused: Sequence[str]) -> None:
+    trained: dict[str, list[str]] = {}
+    for row in rows:
+        trained.setdefault(row.adapter, []).append(row.method)
+    for adapter, methods in trained.items():
+        say(console, f"{', '.join(methods)}: {adapter}.")
+    for reason in refused:
+        say(console, f"Left out: {reason}")
 
 
 def _unit_of_time(hours: float) -> tuple[str, float]:
@@ -211,77 +228,3 @@ def yaml_lines(setting: Setting, target: Target) -> list[str]:
         lines += [f"  {section}:"] if values else []
         lines += [f"    {name}: {'null' if value is None else str(value).lower()}" for name, value in values.items()]
     return lines
-
-
-def as_json(outcome: Outcome) -> dict[str, Any]:
-    result, rate, found = outcome.result, outcome.rate, outcome.found
-    content: dict[str, Any] = {
-        "target": outcome.target.name,
-        "parameters": result.parameters,
-        "trainable": result.trainable,
-        "weights": result.weights,
-        "lengths": outcome.target.lengths,
-        "warning": outcome.target.warning,
-        "before_training": outcome.target.before,
-        "setting": result.setting.as_dict(),
-        "memory": {**result.parts},
-        "total": result.total,
-        "peak_moment": result.moment,
-        "budget": outcome.budget,
-        "saved_activations": {**result.saved},
-        "typical_sequence_length": outcome.target.typical_length,
-        "flops_per_step": outcome.typical.flops,
-        "bytes_to_unpack_weights_per_step": outcome.typical.dequantized,
-        "unpacking": outcome.unpacking and dataclasses.asdict(outcome.unpacking),
-        "rate": rate and {"flops_per_second": {**rate.measured}, "source": rate.source, "load": rate.load},
-        "seconds_per_step": outcome.seconds() if outcome.simulated is None else None,
-        "steps": outcome.target.steps,
-    }
-    if outcome.simulated is not None:
-        content["simulated"] = _simulated_as_json(outcome.simulated, outcome.steps)
-    if found is not None:
-        content |= {"weights_reason": found.weights_reason, "not_considered": [*found.refused]}
-        content["candidates"] = [
-            {
-                "setting": each.setting.as_dict(),
-                "total": each.estimate.total,
-                "fits": each.fits,
-                "seconds_per_step": rate and each.seconds,
-            }
-            for each in found.candidates
-        ]
-    return content
-
-
-def _simulated_as_json(simulated: OnDevice, steps: int) -> dict[str, Any]:
-    from paca.planning.published_steps import errors_in_words
-
-    device = simulated.device
-    return {
-        "measured": False,
-        "device": device.name,
-        "source": device.source,
-        "usable_memory": {"bytes": device.usable, "source": device.usable_source},
-        "errors": errors_in_words(device),
-        "steps": steps,
-        "left_out": [*simulated.refused],
-        "notes": [*simulated.notes],
-        "methods": {
-            row.method: {
-                "r": row.r,
-                "alpha": row.alpha,
-                "layers": row.estimate.layers,
-                "trainable": row.estimate.trainable,
-                "total": row.estimate.total,
-                "fits": row.estimate.total <= device.usable,
-                "seconds_per_step": row.time.total,
-                "device_seconds": row.time.device,
-                "host_seconds": row.time.host,
-                "tokens_per_second": row.tokens_per_second,
-                "hours": row.hours(steps),
-                "launch_bound": row.time.launch_bound,
-                "waits": row.time.waits,
-            }
-            for row in simulated.rows
-        },
-    }

@@ -157,7 +157,7 @@ def find_device(name: str) -> Device:
     if plain not in DEVICES:
         raise PacaError(
             f"There is no device {name!r} in the table.{did_you_mean(plain, DEVICES)} Known are {', '.join(DEVICES)}. "
-            "For another one leave out --on, --compare and --steps, and give its --rate, --bandwidth and --memory with "
+            "For another one leave out --on and --steps, and give its --rate, --bandwidth and --memory with "
             "--device cuda."
         )
     return DEVICES[plain]

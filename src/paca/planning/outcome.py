@@ -20,6 +20,7 @@ from paca.planning.device_rates import (
 from paca.planning.devices import Device
 from paca.planning.fitting import TECHNIQUES, Fit, Technique, fit, step_seconds
 from paca.planning.memory_estimate import MemoryEstimate, estimate
+from paca.planning.methods import Planned, plan_methods
 from paca.planning.on_device import OnDevice, rates_on, simulate_on
 from paca.planning.passes import task_of
 from paca.planning.setting import Setting
@@ -56,7 +57,7 @@ class Wanted:
     on: Device | None = None
     """Simulate this one, of which nothing is measured."""
     compare: bool = False
-    """Simulate other methods as well."""
+    """Plan other methods as well."""
     steps: int | None = None
     """Optimizer steps whose hours are told; None: the target's, else `STEPS`."""
 
@@ -77,6 +78,10 @@ class Outcome:
     """What stands in place of the time floor. No number of it is measured."""
     steps: int
     """Whose hours are told."""
+    methods: tuple[Planned, ...] = ()
+    """The planned one and others, to compare them on this machine."""
+    refused: tuple[str, ...] = ()
+    """Those that can't be planned, and why."""
 
     def seconds(self) -> float | None:
         """Time floor of a step."""
@@ -138,8 +143,14 @@ def plan(target: Target, wanted: Wanted) -> Outcome:
             typical_length=target.typical_length,
             made=(result, typical),
         )
+    methods: list[Planned] = []
+    refused: list[str] = []
+    if wanted.compare and wanted.on is None:
+        methods, refused = plan_methods(target.model, result.setting, target.adapter, compare=True, made=(result,))
     steps = wanted.steps or target.steps or STEPS
-    return Outcome(target, result, typical, rate, unpacking, budget, found, simulated, steps)
+    return Outcome(
+        target, result, typical, rate, unpacking, budget, found, simulated, steps, tuple(methods), tuple(refused)
+    )
 
 
 def _ways_to_keep_weights(target: Target, wanted: Wanted) -> tuple[str | None, ...]:
