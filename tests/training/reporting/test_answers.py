@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftModelForCausalLM
@@ -32,12 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def last(sides: SideBySide, left: str, right: str, prompt: str = "Hello", system: str = "") -> tuple[Shown, Shown]:
-    settings = {"system": system, "max_new_tokens": LENGTH, "temperature": 0.0}
+def last(
+    sides: SideBySide, left: str, right: str, prompt: str = "Hello", system: str | None = None
+) -> tuple[Shown, Shown]:
+    settings: Any = {"system": system, "max_new_tokens": LENGTH, "temperature": 0.0}
     return list(sides.answers(left, right, prompt, **settings))[-1]
 
 
-def test_both_sides_answer_as_in_a_chat_each(folder: Path) -> None:
+def test_both_sides_answer_as_in_a_chat_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = SideBySide(folder)
     done, base, other = (
         chats(folder / "done", length=LENGTH),
@@ -52,10 +55,14 @@ def test_both_sides_answer_as_in_a_chat_each(folder: Path) -> None:
     assert shown[1].answer == other
     brief = last(sides, "done", "other", system="Be brief.")
     assert brief[0].answer == chats(folder / "done", length=LENGTH, system="Be brief.") != done
+    with monkeypatch.context() as trained:
+        trained.setattr("paca.pretrained.conversation.system_of_training", lambda _: "Be brief.")
+        assert last(sides, "done", "other")[0].answer == brief[0].answer
+        assert last(sides, "done", "other", system="")[0].answer == done
 
 
 def test_the_left_one_streams_first_then_the_right_one(folder: Path) -> None:
-    settings = {"system": "", "max_new_tokens": LENGTH, "temperature": 0.0}
+    settings: Any = {"system": None, "max_new_tokens": LENGTH, "temperature": 0.0}
     seen = list(SideBySide(folder).answers("done", "other", "Hello", **settings))
     lengths = [(len(left.answer), len(right.answer)) for left, right in seen]
     assert lengths == sorted(lengths)
@@ -115,7 +122,7 @@ def test_a_failure_of_the_model_is_told_and_the_next_prompt_is_answered(
 
 def test_stop_ends_both_and_an_abandoned_prompt_blocks_no_other(folder: Path) -> None:
     sides = SideBySide(folder)
-    settings = {"system": "", "max_new_tokens": 200, "temperature": 0.0}
+    settings: Any = {"system": None, "max_new_tokens": 200, "temperature": 0.0}
     stream = sides.answers("done", "other", "Hello", **settings)
     for left, _ in stream:
         if left.answer:

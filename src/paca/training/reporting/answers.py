@@ -51,14 +51,14 @@ class SideBySide:
         self._stopped.set()
 
     def answers(
-        self, left: str, right: str, prompt: str, *, system: str, max_new_tokens: int, temperature: float
+        self, left: str, right: str, prompt: str, *, system: str | None, max_new_tokens: int, temperature: float
     ) -> Iterator[tuple[Shown, Shown]]:
         """Both sides as they grow, first the left one. What goes wrong with a side is its note.
 
         Args:
             left, right: Names of `choices`, or `BASE` for one of them.
             prompt: What is asked.
-            system: The system message; empty for the one that all training data of a side began with, if any.
+            system: The system message; empty for none. None: the one that all training data of a side began with.
             max_new_tokens: Longest answer, in tokens.
             temperature: As of `stream_reply`.
         """
@@ -83,7 +83,7 @@ class SideBySide:
             self._answering.release()
 
     def _side(
-        self, name: str, other: str, prompt: str, system: str, max_new_tokens: int, temperature: float
+        self, name: str, other: str, prompt: str, system: str | None, max_new_tokens: int, temperature: float
     ) -> Iterator[Shown]:
         base = name == BASE
         if self._stopped.is_set():
@@ -98,9 +98,9 @@ class SideBySide:
                 f"The base model is loaded with the adapter of the other side. {error}" if base else str(error)
             ) from error
         who = speaker(loaded, base)
-        for remark in (unknown_form(loaded, base), told_of_system(loaded, system or None)):
+        for remark in (unknown_form(loaded, base), told_of_system(loaded, system)):
             who += "" if remark is None else f". {remark}"
-        messages = [*opening(loaded, system or None), {"role": "user", "content": prompt}]
+        messages = [*opening(loaded, system), {"role": "user", "content": prompt}]
         answer = ""
         yield Shown(note=f"{who} ...")
         with answering(loaded, base):

@@ -41,18 +41,20 @@ def page_of(sides: SideBySide, curves: str) -> Any:
                         shown.append(gr.Textbox(label=f"{side} note", max_lines=6))
             with gr.Accordion("Settings", open=False):
                 system = gr.Textbox(label="System message", placeholder="When empty, that of a run's training data.")
+                without = gr.Checkbox(label="No system message, although the training data began with one")
                 length = gr.Slider(1, _MOST_TOKENS, 256, step=1, label="Longest answer, in tokens")
                 temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature: 0 takes the likeliest token each time")
 
         def answers(
-            left: str, right: str, prompt: str, system: str, length: int, temperature: float
+            left: str, right: str, prompt: str, system: str, without: bool, length: int, temperature: float
         ) -> Iterator[tuple[str, ...]]:
+            said = "" if without else system or None
             for one, other in sides.answers(
-                left, right, prompt, system=system, max_new_tokens=int(length), temperature=temperature
+                left, right, prompt, system=said, max_new_tokens=int(length), temperature=temperature
             ):
                 yield *one, *other
 
-        given = [*chosen, prompt, system, length, temperature]
+        given = [*chosen, prompt, system, without, length, temperature]
         gr.on([ask.click, prompt.submit], answers, given, shown, show_progress="hidden", api_visibility="private")
         stop.click(sides.stop, queue=False, api_visibility="private")
         page.load(lambda: _dropdowns(sides), outputs=chosen, show_progress="hidden", api_visibility="private")
