@@ -29,9 +29,6 @@ from paca.training.config.strict_yaml import read_yaml
 from paca.training.folder.run_folder import RunFolder, read_record
 from paca.training.trainers.reward_functions import reward_files
 
-EQUAL = (("parameters",), ("time",), ("memory",), ("parameters", "time"), ("memory", "time"))
-"""What can be made the same for all methods, by itself or together."""
-
 
 @dataclass
 class Comparison:
@@ -45,7 +42,7 @@ class Comparison:
     rates: Rates
     seeds: list[int]
     equal: tuple[str, ...] = ()
-    """One of `EQUAL`, or nothing."""
+    """What is made the same: `parameters` or `memory`, `time`, or one of those two and `time`; or nothing."""
     extend: bool = True
     """Go beyond a grid of rates while its edge is the best."""
 
