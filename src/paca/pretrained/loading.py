@@ -235,8 +235,9 @@ def modules_made_anew(
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
     numbers = {label: number for number, label in enumerate(labels)}
-    # Most configurations count the names themselves; timm's has a number of its own, and keeps it unless it is told.
-    return {"id2label": dict(enumerate(labels)), "label2id": numbers, "num_labels": len(labels)}
+    # Most configurations count the names themselves, and have no list of them; timm's keeps its own unless it is told.
+    told = {"num_labels": len(labels), "label_names": [*labels]}
+    return {"id2label": dict(enumerate(labels)), "label2id": numbers, **told}
 
 
 def _open(

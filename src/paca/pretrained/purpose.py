@@ -40,7 +40,9 @@ def classifier_in(folder: str | Path) -> Classifier | None:
     if file is None:
         return None
     config = json_object(file)
-    architectures, labels = config.get("architectures"), config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    architectures, names = config.get("architectures"), config.get("label_names")
+    names = names if isinstance(names, list) and names else ["LABEL_0", "LABEL_1"]  # timm's form, and what is default
+    labels = config.get("id2label") or {str(number): name for number, name in enumerate(names)}
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     if not isinstance(name, str) or not isinstance(labels, dict) or not all(map(_is_number, labels)):
         raise PacaError(f"{file} is broken: architectures or id2label are no names. Copy or save it again.")
