@@ -97,6 +97,7 @@ def summary(config: dict[str, Any], loss: float) -> dict[str, Any]:
         "versions": {"torch": "2.13.0"},
         "hardware": {"cpu": "some", "device": "cpu"},
         "git": {"commit": "abc", "dirty": False},
+        "code": {"commit": "def", "dirty": True},
         "config": config,
     }
 

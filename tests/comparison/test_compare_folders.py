@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,12 @@ def test_it_is_said_that_runs_were_trained_unlike_each_other(tmp_path: Path) -> 
     others = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd"}
     small = {**others, "per_device_train_batch_size": 1}
     paths = [run(tmp_path / name, 4, sections={"train": train | own}) for name, own in (("a", others), ("b", small))]
+    summary = json.loads((paths[0] / "summary.json").read_text())
+    (paths[0] / "summary.json").write_text(json.dumps(summary | {"code": {"commit": "abc", "dirty": True}}))
     told = "\n".join(compare_folders(paths, tmp_path / "report").notes)
-    assert "Not the same for all runs: sequences in a step" in told
+    assert re.search(r"Not the same for all runs: sequences in a step, .*state of paca's code\.", told)
+    assert "paca's own files had changes that were not committed." in told
+    assert "working folder had changes" not in told
     alike = {**others, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "optim": "adamw_torch"}
     paths = [paths[0], run(tmp_path / "c", 4, sections={"train": train | alike})]
     told = "\n".join(compare_folders(paths, tmp_path / "report2").notes)

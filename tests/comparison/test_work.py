@@ -317,6 +317,7 @@ def test_rows_have_the_names_of_pefts_method_comparison(uninterrupted: Path) -> 
     assert train["metrics"][1]["valid loss"] == row["loss"]
     assert row["meta_info"]["package_info"] == {"torch-version": "2.13.0"}
     assert row["meta_info"]["git"] == {"commit": "abc", "dirty": False}
+    assert row["meta_info"]["code"] == {"commit": "def", "dirty": True}
 
 
 def test_a_seed_sets_the_data_order_and_the_columns(uninterrupted: Path) -> None:

@@ -119,6 +119,7 @@ def unlike(rows: Iterable[Row]) -> list[str]:
         "meta_info.system_info.device_name": "device",
         "meta_info.package_info": "versions of libraries",
         "meta_info.git": "state of the code",
+        "meta_info.code": "state of paca's code",
     }
     rows = list(rows)
     sequences = {_sequences_per_step(row["run_info"]["config"].get("train", {})) for row in rows}

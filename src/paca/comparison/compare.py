@@ -192,6 +192,8 @@ def _shared_notes(rows: Iterable[Row], expected: Sequence[str] = ()) -> list[str
     notes = [f"Not the same for all runs: {', '.join(differing)}."] if differing else []
     if any((row["meta_info"]["git"] or {}).get("dirty") for row in rows):
         notes.append("The working folder had changes that were not committed.")
+    if any((row["meta_info"].get("code") or {}).get("dirty") for row in rows):
+        notes.append("paca's own files had changes that were not committed.")
     return notes
 
 

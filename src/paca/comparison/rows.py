@@ -110,6 +110,7 @@ def _row(
             "package_info": {f"{name}-version": number for name, number in summary.get("versions", {}).items()},
             "system_info": summary.get("hardware"),
             "git": summary.get("git"),
+            "code": summary.get("code"),
             "command": summary.get("command"),
         },
     }

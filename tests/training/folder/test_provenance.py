@@ -6,8 +6,11 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
+import paca
+from paca.training.folder import provenance
 from paca.training.folder.provenance import git_state, row_provenance, versions
 
 
@@ -32,6 +35,11 @@ def test_a_repository_is_dirty_by_what_counts(tmp_path: Path) -> None:
     assert git_state(package, only_inside=True) == clean
     (package / "new.py").write_text("1")
     assert git_state(package, only_inside=True) == clean | {"dirty": True}
+
+
+def test_code_is_all_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "git_state", lambda folder, *, only_inside: {"of": (folder, only_inside)})
+    assert provenance.code_state() == {"of": (Path(paca.__file__).parent, True)}
 
 
 def test_rows_say_what_they_were_measured_with() -> None:

@@ -30,7 +30,7 @@ _PACKAGES = (
     "liger-kernel",
     "triton",
 )
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 
 
 def versions() -> dict[str, str]:
@@ -73,6 +73,11 @@ def git_state(folder: Path, *, only_inside: bool = False) -> dict[str, Any] | No
     return {"commit": commit, "dirty": bool(_git(folder, "status", "--porcelain", *counted))}
 
 
+def code_state() -> dict[str, Any] | None:
+    """Commit of the repository that this package's files lie in, and whether they differ; None of an installed copy."""
+    return git_state(_PACKAGE, only_inside=True)
+
+
 def command_line() -> str:
     """The command of this process, as one would type it."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -88,7 +93,7 @@ def row_provenance(device: torch.device) -> dict[str, str]:
 
     What differs from the commit counts within the package only: rows and plots that a benchmark wrote don't.
     """
-    machine, code = hardware(device), git_state(_PACKAGE, only_inside=True)
+    machine, code = hardware(device), code_state()
     return {
         "date": now(),
         "commit": code["commit"] if code else "",  # none in an installed copy

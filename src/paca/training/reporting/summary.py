@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from paca.training.folder.checkpoints import kept_step
-from paca.training.folder.provenance import command_line, git_state, hardware, now, versions
+from paca.training.folder.provenance import code_state, command_line, git_state, hardware, now, versions
 from paca.training.memory import describe_peak_memory, peak_memory
 from paca.training.plan import Plan
 from paca.training.reporting.metrics import RecordMetrics, finite_or_none
@@ -86,5 +86,6 @@ def summary_of(
         "versions": versions(),
         "hardware": hardware(device),
         "git": git_state(Path.cwd()),
+        "code": code_state(),
         "config": config.as_dict(),
     }
