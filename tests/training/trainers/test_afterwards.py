@@ -100,6 +100,27 @@ def test_an_image_classifiers_export_answers_as_the_run_without_paca(finished: F
     assert classifier_in(tmp_path / "back") == classifier_in(folder)
 
 
+def test_a_run_on_a_model_of_timm_keeps_its_labels(finished: Finished, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from recipes.tiny_models import save_stand_in
+
+    base = save_stand_in("timm/tf_efficientnetv2_l.in21k", tmp_path / "base")
+    folder = finished("image_classification", f"model.name={base}", "paca.target_modules=.*conv_pw").folder
+    found = classifier_in(folder)
+    assert found is not None
+    assert found.labels == ["blue", "red"]
+    merge_to_folder(folder, tmp_path / "merged")
+    assert classifier_in(tmp_path / "merged") == found
+    done = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_classifier_whose_logits_are_all_zero_merges(finished: Finished, workspace: Path, tmp_path: Path) -> None:
+    settings = [f"model.name={workspace / 'efficientnet'}", "paca.target_modules=.*(expand|project)_conv"]
+    merged = merge_to_folder(finished("image_classification", *settings).folder, tmp_path / "merged")
+    assert merged.difference == 0
+
+
 @pytest.mark.parametrize("to", ["lora", "peft"])
 @pytest.mark.parametrize("name", ["reward", "classification", "image_classification"])
 def test_the_exported_forms_of_a_classifier_are_classifiers(
