@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from paca.comparison.statistics import difference, mean_interval, pareto
+from paca.comparison.statistics import bound, difference, mean_interval, pareto, signed
 
 ONE = {0: 0.81, 1: 0.83, 2: 0.80}
 OTHER = {0: 0.84, 1: 0.85, 2: 0.83}
+
+
+def test_an_end_of_an_interval_tells_its_side_of_nothing() -> None:
+    assert [bound(value) for value in (-0.01836, -0.00001234, 0.00005, 0.0)] == [
+        "-0.0184",
+        "-0.00001",
+        "+0.0001",
+        "0.0000",
+    ]
+    assert signed(-0.00001234) == "0.0000"
 
 
 def test_a_mean_has_students_interval() -> None:

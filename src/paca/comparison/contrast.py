@@ -13,6 +13,7 @@ from paca.comparison.method_result import MethodResult
 from paca.comparison.rows import SHARES
 from paca.comparison.statistics import (
     Interval,
+    bound,
     difference,
     half_with_examples,
     interval_as_dict,
@@ -119,7 +120,7 @@ class Contrast:
                 else "all seeds differ by the same, which gives no interval"
             )
             return f"no difference shown between {leader} and {other}, as {why} ({scores}{failed})"
-        by = f"{scores}; difference {signed(found.mean)}, 95 % interval {signed(found.low)} to {signed(found.high)}"  # type: ignore[arg-type]
+        by = f"{scores}; difference {signed(found.mean)}, 95 % interval {bound(found.low)} to {bound(found.high)}"  # type: ignore[arg-type]
         if self.finding == "none":
             return f"no difference shown between {leader} and {other} ({by}{failed})"
         if self.finding == "unknown":

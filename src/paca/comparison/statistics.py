@@ -103,6 +103,12 @@ def signed(value: float) -> str:
     return text[1:] if float(text) == 0 else text
 
 
+def bound(value: float) -> str:
+    """An end of an interval, for people: with as many digits as it takes to tell on which side of nothing it is."""
+    digits = next((count for count in range(4, 10) if float(f"{value:.{count}f}") != 0), 4)
+    return f"{value:+.{digits}f}" if value else signed(value)
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points that no other one beats in one coordinate without losing in the other; lower is better in both."""
     return [
