@@ -25,6 +25,7 @@ from paca.messages.program import program
 from paca.pretrained.generation import load_for_generation
 from paca.training import RunResult, describe, load_run_config, train
 from paca.training import run as run_module
+from paca.training.folder.provenance import code_state, git_state
 from paca.training.interrupt import StopOnSignal
 from paca.training.plan import Plan, show_plan
 from pretrained.test_pretrained import mergeable_base, write_gguf  # noqa: F401 - the first is a fixture
@@ -103,6 +104,7 @@ def test_a_run_leaves_its_folder(run: Runner, tmp_path: Path, config_file: Path)
     assert summary["adapted_layers"] == 14
     assert summary["peak_memory_bytes"] > 50 * 2**20
     assert summary["versions"]["torch"] == torch.__version__
+    assert (summary["git"], summary["code"]) == (git_state(Path.cwd()), code_state())
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"], rel=0.01)
     card = (folder / "adapter" / "README.md").read_text()
     for known in (
