@@ -197,3 +197,15 @@ def test_runs_that_other_reward_functions_judged_have_no_verdict(tmp_path: Path)
     paths = [with_inputs(run(tmp_path / name, rank), **{key.format(name): name}) for name, rank in (("a", 4), ("b", 8))]
     verdict = compare_folders(paths, tmp_path / "report").verdict
     assert "not judged by the same: the content of train.reward_funcs (rew:score)" in verdict
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_type_of_the_weights_is_what_they_were_in_not_what_was_asked_for(tmp_path: Path, dtype: str) -> None:
+    paths = []
+    for name, rank, asked, found in (("a", 4, "auto", dtype), ("b", 8, "float32", "float32")):
+        paths.append(run(tmp_path / name, rank, sections={"model": {**COMMON["model"], "dtype": asked}}))
+        file = paths[-1] / "summary.json"
+        summary = json.loads(file.read_text())
+        file.write_text(json.dumps(summary | {"model": {**summary["model"], "dtype": found}}))
+    told = "\n".join(compare_folders(paths, tmp_path / "report").notes)
+    assert ("type of the weights" in told) == (dtype != "float32")

@@ -108,7 +108,7 @@ def unlike(rows: Iterable[Row]) -> list[str]:
         "data.limit": "limit of the training data",
         **_SEEN,
         "steps": "steps",
-        "model.dtype": "type of the weights",
+        "run_info.train_config.dtype": "type of the weights",  # of `auto` too
         "model.adapter": "adapter that was trained on",
         "model.quantization": "quantization",
         "train.bf16": "autocast",
