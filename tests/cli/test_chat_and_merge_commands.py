@@ -72,7 +72,7 @@ def test_the_system_message_that_all_training_data_began_with_is_given(run: Path
     own = shutil.copytree(run, tmp_path / "own")
     (own / "summary.json").write_text(json.dumps({"data": {"system": "Be brief."}}))
     asked = ("--prompt", "Hello", "--max-new-tokens", 20)
-    told = "Asked with the system message of the training data: 'Be brief.'. --system TEXT gives another one, "
+    told = "Asked with the system message of the training data ('Be brief.'). --system TEXT gives another one, "
     for base in (False, True):
         done = forked_paca("chat", own, *asked, *(["--base"] if base else []))
         assert done.stdout == expected_reply(run, "Hello", base=base, system="Be brief.") + "\n"
@@ -84,7 +84,7 @@ def test_the_system_message_that_all_training_data_began_with_is_given(run: Path
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"{own}: {told}--system '' none.\n"
     both = SideBySide(str(own), "base", None, Console(quiet=True), max_new_tokens=20)
-    assert both.remarks == ["Both: Asked with the system message of the training data: 'Be brief.'."]
+    assert both.remarks == ["Both: Asked with the system message of the training data ('Be brief.')."]
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]

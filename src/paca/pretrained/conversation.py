@@ -36,7 +36,7 @@ def opening(loaded: LoadedModel, system: str | None) -> list[Message]:
 def told_of_system(loaded: LoadedModel, system: str | None) -> str | None:
     """What a person should know of an `opening` that was not asked for."""
     text = _system_of_training(loaded) if system is None else None
-    return f"Asked with the system message of the training data: {shown(text)}." if text else None
+    return f"Asked with the system message of the training data ({shown(text)})." if text else None
 
 
 def needs_system(trained: Path) -> str | None:

@@ -109,8 +109,9 @@ def _check_folder(path: Path, name: str) -> None:
     if adapted or (path / "adapter" / "adapter_config.json").is_file():
         raise PacaError(
             f"The folder {name!r} holds an adapter, not a model. Give the model it was trained on "
-            "(base_model_name_or_path in its adapter_config.json). To train it on, give it as model.adapter, or put "
-            f"it into a model, and give that: {program()} merge {shlex.quote(name)} --output FOLDER"
+            f"(base_model_name_or_path in its {'' if adapted else 'adapter/'}adapter_config.json). To train it on, "
+            f"give it as model.adapter, or put it into a model, and give that: {program()} merge {shlex.quote(name)} "
+            "--output FOLDER"
         )
     gguf_files = sorted(file.name for file in path.glob("*.gguf"))
     if gguf_files:
