@@ -215,6 +215,11 @@ def test_a_checkpoint_that_answers_differently_is_not_written(
     assert merge_to_folder(run, tmp_path / "merged", verify=False).difference is None
 
 
+def test_logits_that_are_all_zero_are_no_difference(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged_module, "_probe_logits", lambda _: torch.zeros(2, 3))
+    assert merge_to_folder(run, tmp_path / "merged").difference == 0
+
+
 def test_a_failure_while_writing_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")

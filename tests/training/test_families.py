@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTImagePr
 from families.shrunk import write_first_run
 from paca.planning import estimate
 from paca.pretrained.generation import load_for_generation
+from paca.pretrained.missing_weights import heads_of
 from paca.training import describe, load_run_config, train
-from paca.training.named_model import heads_of
 from paca.training.planned_run import target_of_run
 
 MIXTURES = ("llama4_text", "phimoe", "granitemoe")

@@ -130,7 +130,7 @@ def load_pretrained(
         multiply_once(model)
         answer_for_loss(model)
     elif labels is not None:
-        made_anew(model, found["missing_keys"], location.name_or_path)
+        made_anew(model, found, location.name_or_path)
     quantizing.keep_trainable(model)
     if quantization is not None:
         quantizing.unmap(model)
@@ -230,7 +230,7 @@ def modules_made_anew(
             if not fetch:
                 return []
             raise
-    return made_anew(model, found["missing_keys"], location.name_or_path)
+    return made_anew(model, found, location.name_or_path)
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:

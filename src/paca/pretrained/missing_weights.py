@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -33,15 +33,42 @@ def trunk_of(model: nn.Module) -> str:
     return max(parts, key=lambda name: sum(p.numel() for p in parts[name].parameters()), default=".")
 
 
-def made_anew(model: nn.Module, missing: Iterable[str], name: str) -> list[str]:
+def heads_of(model: nn.Module) -> list[str]:
+    """The modules of a classifier that a pretrained model need not have, with weights: those beside its trunk, or what
+    a model of timm, which transformers wraps whole, calls its classifier."""
+    wrapped = getattr(model, "timm_model", None)
+    if wrapped is None:
+        trunk = trunk_of(model)
+        heads = [module for name, module in model.named_children() if name != trunk]
+    else:
+        found = wrapped.get_classifier()
+        heads = [*found] if isinstance(found, tuple | list) else [found]
+    heads = [head for head in heads if any(True for _ in head.parameters())]
+    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
+
+
+def made_anew(model: nn.Module, found: Mapping[str, Any], name: str) -> list[str]:
     """The modules of a classifier's trunk of which its checkpoint `name` has nothing and need have nothing: a pooler,
     which language models lack.
 
+    Args:
+        model: The classifier.
+        found: What transformers says of loading it (`output_loading_info`).
+        name: Of the checkpoint.
+
     Raises:
-        PacaError: The trunk lacks others: blocks, embeddings, or parts of a module.
+        PacaError: The trunk lacks others: blocks, embeddings, or parts of a module; or it has some of other shapes.
     """
-    trunk = trunk_of(model)
+    trunk, heads = trunk_of(model), tuple(f"{head}." for head in heads_of(model))
+    other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    if odd := sorted(weight for weight in other if not weight.startswith(heads)):
+        raise PacaError(
+            f"The checkpoint {name!r} has weights of other shapes than its config.json asks for: {_listed(odd)}. Give "
+            "the config that it was saved with."
+        )
+    missing = found["missing_keys"]
     lacking = [weight for weight in _parameters_of(model, missing) if weight.startswith(f"{trunk}.")]
+    lacking = [weight for weight in lacking if not weight.startswith(heads)]
     if not lacking:
         return []
     embeddings = None

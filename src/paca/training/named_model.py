@@ -12,7 +12,7 @@ from paca.messages.errors import PacaError, about
 from paca.messages.shown import shown
 from paca.pretrained import load_config
 from paca.pretrained.loading import Outline, check_folder_is_whole, modules_made_anew
-from paca.pretrained.missing_weights import trunk_of
+from paca.pretrained.missing_weights import heads_of
 from paca.pretrained.purpose import classifier_in
 from paca.training.config.run_config import ModelSection, RunConfig
 
@@ -58,12 +58,6 @@ def _check_causal(model: nn.Module) -> None:
             f"It is an encoder ({config.model_type}), in which each token sees those behind it, so that it learns to "
             "copy them. Give a model that writes text, or train.trainer: classification."
         )
-
-
-def heads_of(model: nn.Module) -> list[str]:
-    """The modules of a classifier that a pretrained model need not have: those beside its trunk, with weights."""
-    trunk = trunk_of(model)
-    return [name for name, module in model.named_children() if name != trunk and any(True for _ in module.parameters())]
 
 
 def train_heads(config: RunConfig, model: nn.Module, new: Sequence[str] = ()) -> None:

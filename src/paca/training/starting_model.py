@@ -29,6 +29,7 @@ from paca.training.config.adapter_settings import adapter_config, is_made
 from paca.training.config.run_config import RunConfig
 from paca.training.context_tuning import train_on_context
 from paca.training.folder.run_folder import RunFolder
+from paca.training.frozen_statistics import freeze_statistics
 from paca.training.lora_start import LoraStart
 from paca.training.memory import forget_peak_resident_set
 from paca.training.named_model import set_attention
@@ -183,6 +184,8 @@ def finish_trainer(trainer: Any, config: RunConfig) -> None:
     measure_base_first(trainer)
     measure_last_batch(trainer)
     train_on_context(trainer)
+    if config.method != "full":
+        freeze_statistics(trainer.model)
     use_factors(trainer, config)
 
 

@@ -113,5 +113,9 @@ def _save_vision_models(folder: Path) -> None:
     efficientnet = EfficientNetConfig(
         image_size=32, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128, num_labels=10
     )
-    EfficientNetForImageClassification(efficientnet).save_pretrained(folder / "efficientnet")
+    convolutional = EfficientNetForImageClassification(efficientnet).train()
+    with torch.no_grad():  # running statistics of something: by those of no batch its outputs are all 0
+        for _ in range(20):
+            convolutional(torch.randn(16, 3, 32, 32))
+    convolutional.save_pretrained(folder / "efficientnet")
     EfficientNetImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "efficientnet")
