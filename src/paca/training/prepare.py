@@ -231,6 +231,9 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     except (ValueError, TypeError, RuntimeError) as error:
         if "No modules were targeted" in str(error):
             reason = f"nothing is adapted in it. Name layers with target_modules. {told_of_layers(model)}"
+        elif "Please specify `target_modules`" in str(error):
+            choose = f"Give {config.method}.target_modules: all-linear, or name layers."
+            reason = f"PEFT has no layers of choice for a model of type {model.config.model_type}. {choose}"
         else:
             reason = str(error)
         raise PacaError(f"The section {config.method} does not fit {config.model.name}: {reason}") from error

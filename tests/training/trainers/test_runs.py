@@ -19,8 +19,9 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import paca
+from paca.messages.errors import PacaError
 from paca.pretrained import load_pretrained
-from paca.training import RunResult, load_run_config, run, train
+from paca.training import RunResult, describe, load_run_config, run, train
 from paca.training.interrupt import StopOnSignal
 from paca.training.trainers import TRAINERS
 from training.tiny_run import adapter, rows, same_adapter
@@ -312,6 +313,13 @@ def test_the_probe_changes_nothing(workspace: Path, finished: Finished, tmp_path
     assert "fits: peak memory" in (tmp_path / "out").read_text()
     assert same_adapter(finished(name).folder, tmp_path / "a")
     assert logged(finished(name).folder) == logged(tmp_path / "a")
+
+
+def test_a_method_whose_layers_peft_cannot_choose_is_told_what_to_name(workspace: Path, tmp_path: Path) -> None:
+    text = (workspace / "image_classification.yaml").read_text().replace("paca: {r: 4}", "lora: {r: 4}")
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(PacaError, match=r"no layers of choice for .* type vit\. Give lora\.target_modules: all-linear"):
+        describe(load_run_config(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("method", ["lora: {r: 4}", "full: {}"])
