@@ -21,6 +21,7 @@ from transformers import (
 import paca
 from paca.bench.saved_activations import measure_saved_activations
 from paca.planning import Setting, estimate
+from paca.planning.target import Target
 
 TEXTS, IMAGES = AutoModelForSequenceClassification, AutoModelForImageClassification
 VIT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32}
@@ -84,6 +85,21 @@ def test_planned_activations_are_the_measured_ones(
     print(f"{shape.model_type}: planned {planned.activations:,} measured {found:,}")
     assert planned.activations == pytest.approx(found, rel=0.05)
     assert not planned.setting.chunked_loss
+
+
+@pytest.mark.parametrize(
+    ("made", "width"),
+    [
+        (images("convnext", hidden_sizes=[8, 16, 24, 40], depths=[1] * 4), 40),
+        (images("timm_wrapper", **CONVOLUTIONS), 320),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_the_width_of_convolutions_is_that_of_their_head(made: tuple[Any, PreTrainedConfig], width: int) -> None:
+    auto_class, shape = made
+    with torch.device("meta"):
+        outline = auto_class.from_config(copy.deepcopy(shape))
+    assert Target("model", outline, paca.PacaConfig(r=4), Setting(sequence_length=1)).hidden_size == width
 
 
 def test_other_models_are_refused() -> None:

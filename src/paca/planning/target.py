@@ -50,10 +50,9 @@ class Target:
 
     @property
     def hidden_size(self) -> int:
-        """Width of its hidden states; of a network of convolutions, which has many, that of the last."""
-        model: Any = self.model
-        width = getattr(model.config.get_text_config(), "hidden_size", None)
-        return int(width if width is not None else model.timm_model.num_features)
+        """Width of its hidden states; of a network of convolutions, which has many, that of the last: its head's."""
+        width = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        return int(width or [weight.shape[1] for weight in self.model.parameters() if weight.ndim > 1][-1])
 
     @property
     def positions(self) -> int | None:
