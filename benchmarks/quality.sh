@@ -3,7 +3,6 @@
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
-#   EQUAL='parameters memory' JOBS=2 OMP_NUM_THREADS=1 bash benchmarks/quality.sh digits-seeds    with ten seeds
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with more steps
 #   EQUAL=time bash benchmarks/quality.sh gsm8k-long encyclopedia-long       the same, and 256 columns
@@ -35,17 +34,13 @@ for task in "$@"; do
         [ "$equal" = time ] && same=parameters,time
         case $task-$equal in
             digits-parameters) rates=3.2e-3,5e-3,8e-3,1.25e-2 ;;
-            digits-seeds-parameters) # seeds that no rate of a page was chosen by
-                config=digits seeds=3,4,5,6,7,8,9,10,11,12 rates=1.25e-2,1.95e-2 methods=paca,lora
-                own=(--lr lora=8e-3,1.25e-2 --no-extend)
+            digits-time) config=digits64 rates=1.4e-3,2.2e-3,3.5e-3 own=(--lr lora=1.25e-3,2e-3,3.2e-3) ;;
+            digits-wide-time) rates=7.8e-4,1.25e-3,2e-3 own=(--lr lora=1.25e-3,2e-3,3.2e-3) ;;
+            digits-wide-*) rates=1.25e-3,2e-3,3.2e-3 ;;
+            digits-*)
+                rates=2e-3,3.2e-3,5e-3 own=(--lr lora=7.72e-4,1.23e-3,1.96e-3)
+                changed=(--set paca.r=16 --set paca.paca_alpha=16)
                 ;;
-            digits-seeds-memory) # LoRA's r in whole batches is that of digits-wide-memory, in half ones of digits-memory
-                config=digits-wide seeds=3,4,5,6,7,8,9,10,11,12 same= rates=5e-3,8e-3
-                own=(--lr lora-38=3.2e-3,5e-3 --lr lora-128-half=1.23e-3,1.96e-3 --no-extend)
-                methods=paca,lora-38=$folder/digits-lora38.yaml,lora-128-half=$folder/digits-lora128-half.yaml
-                ;;
-            digits-wide-*) rates=3.2e-3,5e-3,8e-3 ;;
-            digits-*) rates=5e-3,8e-3,1.25e-2,2e-2 changed=(--set paca.r=16 --set paca.paca_alpha=16) ;;
             encyclopedia-parameters)
                 rates=7.8e-4,1.25e-3,2e-3
                 own=(--lr lora=4.87e-4,7.8e-4,1.25e-3 --lr lora-tuned=4.87e-4,7.8e-4,1.25e-3)
