@@ -62,7 +62,7 @@ def test_a_run_is_resumed_bit_for_bit_answers_and_merges(
     loaded = load_for_generation(whole.folder)
     assert "".join(stream_reply(loaded, [{"role": "user", "content": "a cat"}], max_new_tokens=4)) is not None
     expected = loaded.model(TOKENS_ASKED).logits
-    rounding = 8 * torch.finfo(in_memory.dtype).eps if method in SAVED_OTHERWISE else 0
+    rounding = 16 * torch.finfo(in_memory.dtype).eps if method in SAVED_OTHERWISE else 0
     assert (in_memory - expected).abs().max() <= rounding * expected.abs().max()
     if method in LEARN_TOKENS:
         with pytest.raises(PacaError, match="adds to what the model reads, not to its weights"):
