@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaForSequenceClassification,
     PvtV2Config,
     PvtV2ForImageClassification,
@@ -142,6 +144,34 @@ def test_an_adapter_on_the_embedding_of_a_classifier_is_merged(tmp_path: Path) -
     difference = merge_to_folder(tmp_path / "adapter", tmp_path / "merged").difference
     assert difference is not None
     assert difference < 1e-6
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        peft.LoHaConfig(r=2, alpha=4, target_modules="all-linear", init_weights=False),
+        peft.LNTuningConfig(target_modules=[r"attention.output.LayerNorm"]),
+    ],
+    ids=["LoHa", "LN tuning"],
+)
+def test_a_head_and_a_pooler_that_were_trained_whole_are_merged(tmp_path: Path, method: peft.PeftConfig) -> None:
+    """PEFT leaves them wrapped in some methods, and fails at the pooler, which has no weight itself, in others."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=1000, max_position_embeddings=64, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(save_base(tmp_path / "texts")).save_pretrained(tmp_path / "base")
+    method.task_type, method.modules_to_save = "SEQ_CLS", ["pooler", "classifier"]
+    adapted = peft.get_peft_model(model, method)
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_classifier_config(tmp_path / "adapter", adapted)
+    result = merge_to_folder(tmp_path / "adapter", tmp_path / "merged", base_model=str(tmp_path / "base"))
+    assert result.difference is not None
+    assert result.difference < 1e-6
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(adapted.eval()), rtol=1e-5, atol=1e-5)
 
 
 def test_a_checkpoint_that_torchao_quantized_becomes_a_plain_one(run: Path, tmp_path: Path) -> None:

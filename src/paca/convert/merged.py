@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM
 
 from paca.convert.beforehand import merge_output
@@ -108,6 +109,7 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
             )
         dequantize = {"dequantize": True} if is_quantized(merged.get_base_model()) else {}
         try:
+            _put_in_place(merged)
             merged = merged.merge_and_unload(safe_merge=True, **dequantize)
         except Exception as error:  # what the methods of PEFT raise differs
             raise PacaError(f"The adapter in {loaded.adapter} cannot be merged: {error}") from error
@@ -123,6 +125,18 @@ def _write(loaded: LoadedModel, dtype: torch.dtype, folder: Path) -> None:
     make_savable(merged, loaded.base)
     merged.to(dtype=dtype).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+
+
+def _put_in_place(model: PeftModel) -> None:
+    """Let the modules that were trained whole, such as a head, take the place of the base model's.
+
+    Not every method of PEFT does so as it merges: LN_TUNING leaves them, others fail at one that has no weight itself,
+    such as a pooler.
+    """
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for name, module in wrapped:
+        trained = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        model.set_submodule(name, trained)
 
 
 def _probe_logits(model: Any) -> torch.Tensor:
