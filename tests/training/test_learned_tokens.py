@@ -116,7 +116,7 @@ def test_the_loss_before_training_is_that_of_the_model_as_it_came(method: str, f
     ],
 )
 def test_models_that_keep_no_keys_and_values_learn_none(shape: PreTrainedConfig, kept: str) -> None:
-    model: Any = SimpleNamespace(config=shape)
+    model: Any = SimpleNamespace(config=shape, named_modules=list)
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(PacaError, match=rf"PREFIX_TUNING learns keys and values of each layer, and \S+ keeps {kept}"):
         check_learned_tokens(prefix, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from paca.evaluation.kept_lines import KeptAnswers
 
@@ -33,8 +33,3 @@ def longest_first(
             if kept is not None:
                 kept.add(what, items[index], result)
     return [found[index] for index in range(len(items))]
-
-
-def context_of(model: Any) -> int | None:
-    """How many tokens a model was made to read, where it says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -11,9 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from paca.evaluation.batches import context_of, longest_first
+from paca.evaluation.batches import longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
+from paca.pretrained.context_length import context_length
 from paca.pretrained.generation_settings import learns_a_prompt, sampling_settings
 
 
@@ -45,7 +46,7 @@ def completions(
     Raises:
         PacaError: The answers alone would be longer than the model's context.
     """
-    context = context_of(model)
+    context = context_length(model)
     if context is not None and max_new_tokens >= context:
         raise PacaError(
             f"Answers of {max_new_tokens:,} tokens leave no room for a prompt in the model's context of {context:,}. "

@@ -14,9 +14,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from paca.data.tokens import IGNORED
-from paca.evaluation.batches import context_of, longest_first
+from paca.evaluation.batches import longest_first
 from paca.evaluation.kept_lines import KeptAnswers
 from paca.messages.errors import PacaError
+from paca.pretrained.context_length import context_length
 from paca.pretrained.generation_settings import learns_a_prompt
 
 TOGETHER = 512
@@ -65,7 +66,7 @@ def likelihoods(
     Raises:
         PacaError: An answer alone is longer than the model's context.
     """
-    context = context_of(model)
+    context = context_length(model)
     fitted = [_fitted(continuation, context) for continuation in continuations]
 
     def length(one: Continuation) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from paca.data.conversion import ORIGIN
-from paca.evaluation.batches import context_of
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import question_of
 from paca.evaluation.identity import identity
@@ -25,6 +24,7 @@ from paca.evaluation.mt_bench_questions import Question
 from paca.evaluation.mt_bench_ratings import differences, ratings_of, scores_of
 from paca.evaluation.sides import BASE, Watcher, sides_of
 from paca.messages.errors import PacaError
+from paca.pretrained.context_length import context_length
 from paca.pretrained.conversation import answering
 from paca.pretrained.generation import LoadedModel
 from paca.pretrained.whole_output import write_whole
@@ -66,7 +66,7 @@ def run_mt_bench(
     """
     if loaded.tokenizer.chat_template is None:
         raise PacaError("MT-Bench is a conversation, and this model's tokenizer has no chat template.")
-    context = context_of(loaded.model)
+    context = context_length(loaded.model)
     if max_new_tokens is None:
         max_new_tokens = _LONGEST if context is None else max(1, min(_LONGEST, context // 4))
     output.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _answers(
     name = f"answers-{side}-{identity(loaded, side)}-{max_new_tokens}.jsonl"
     kept = KeptAnswers(side, watcher, output / "answers" / name)
     talks: list[list[dict[str, str]]] = [[] for _ in questions]
-    room, cut = (context_of(loaded.model) or math.inf) - max_new_tokens, 0
+    room, cut = (context_length(loaded.model) or math.inf) - max_new_tokens, 0
     for turn in range(max(len(question.turns) for question in questions)):
         going_on = [pair for pair in zip(questions, talks, strict=True) if turn < len(pair[0].turns)]
         for question, talk in going_on:

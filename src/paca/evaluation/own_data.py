@@ -11,7 +11,6 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from paca.data.conversion import ORIGIN
-from paca.evaluation.batches import context_of
 from paca.evaluation.completions import completions
 from paca.evaluation.encoding import (
     Example,
@@ -29,6 +28,7 @@ from paca.evaluation.statistics import Mean, as_numbers, ratio_with_error
 from paca.messages.errors import PacaError
 from paca.messages.shown import shown
 from paca.pretrained.answer_pattern import check_pattern, extract_answers
+from paca.pretrained.context_length import context_length
 from paca.training.config.run_config import EvalSection
 
 SAMPLES = 5
@@ -83,7 +83,7 @@ class Measurement:
                     f"{row[ORIGIN]}: the pattern {shown(self.answer_pattern)} finds no answer in the reference "
                     f"{answer_of(row)!r}. Change eval.answer_pattern, or leave the example out."
                 )
-        context = context_of(model)
+        context = context_length(model)
         if self.metric == "exact_match" and context is not None and self.max_new_tokens >= context:
             raise PacaError(
                 f"eval.max_new_tokens is {self.max_new_tokens:,}, and the model's context has {context:,}: answers of "
@@ -110,7 +110,7 @@ class Measurement:
     ) -> list[str]:
         """What the model says to the questions."""
         prompts = [question_of(row, tokenizer) for row in rows]
-        length, context, what = self.max_new_tokens, context_of(model), "answers written"
+        length, context, what = self.max_new_tokens, context_length(model), "answers written"
         if self.metric != "exact_match":  # they are for people to read
             what = "sample answers written"
             length = length if context is None else min(length, max(1, context // 2))

@@ -14,6 +14,7 @@ from paca.config import PacaConfig
 from paca.messages.errors import PacaError
 from paca.planning.setting import Setting
 from paca.pretrained import load_config
+from paca.pretrained.context_length import context_length
 from paca.pretrained.loading import DTYPES
 from paca.pretrained.published_shapes import SHAPES, TIMM, check_not_a_mistyped_shape, timm_config
 
@@ -57,7 +58,7 @@ class Target:
     @property
     def positions(self) -> int | None:
         """The longest sequence it was made for, where it says so."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return context_length(self.model)
 
 
 def target_of_model(name: str, dtype: str, r: int, setting: Setting) -> Target:

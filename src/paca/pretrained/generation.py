@@ -26,6 +26,7 @@ from paca.pretrained.adapter_folder import (
 )
 from paca.pretrained.adapter_tokenizer import saved_tokenizer
 from paca.pretrained.bounded_template import conversation_text, renderer
+from paca.pretrained.context_length import context_length
 from paca.pretrained.ends_of_texts import ends_texts
 from paca.pretrained.generation_settings import sampling_settings
 from paca.pretrained.hub_adapter import adapter_of_hub
@@ -241,7 +242,7 @@ def _encode(
             f"The tokenizer of {tokenizer.name_or_path} gives token {int(encoded['input_ids'].max())}, but the model "
             f"embeds {embeddings}. It belongs to another model."
         )
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(loaded.model)
     if context is not None and length >= context:
         raise PacaError(
             f"The conversation is {length} tokens long and leaves no room for an answer in the model's context of "

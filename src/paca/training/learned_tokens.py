@@ -35,7 +35,7 @@ def check_learned_tokens(adapter: PeftConfig, model: PreTrainedModel) -> None:
         asked = name.startswith("adapter_") or getattr(adapter, "is_prompt_learning", False)
         if asked and hasattr(adapter, name) and getattr(adapter, name) is None:
             raise PacaError(f"peft.{name} is missing: {what}")
-    learned, positions = getattr(adapter, "num_virtual_tokens", None), context_length(model.config)
+    learned, positions = getattr(adapter, "num_virtual_tokens", None), context_length(model)
     if learned is not None and positions is not None and learned >= positions:
         key = "cpt_token_ids" if isinstance(adapter, CPTConfig) else "num_virtual_tokens"
         raise PacaError(

@@ -16,8 +16,9 @@ from paca.training.calibration import describe_columns, describe_start
 from paca.training.config.run_config import RunConfig
 from paca.training.early_stop import patience_warning
 from paca.training.folder.disk_need import DiskNeed, tell_of_disk
+from paca.training.positions import context_warning
 from paca.training.products import tell_of_products
-from paca.training.reporting.data_preview import context_warning, cut_warning, told_of_unanswered
+from paca.training.reporting.data_preview import cut_warning, told_of_unanswered
 from paca.training.trainers import trainer_kind
 from paca.training.trainers.kind import RunData
 
@@ -216,7 +217,7 @@ def show_plan(plan: Plan, console: Console, record: dict[str, str] | None = None
     sample, context, settings = plan.data.sample, plan.data.context, plan.config.train
     for warning in (
         cut_warning(sample, context),
-        context_warning(sample, settings["max_length"], context) if "max_length" in settings else None,
+        context_warning(sample, settings, context),
         plan.told_of_trained(),
         plan.rate_warning(),
         patience_warning(settings, plan.steps),

@@ -22,7 +22,7 @@ from paca.planning.memory_estimate import PlannedModel
 from paca.planning.output_layer import check_output_layer
 from paca.planning.quantized_layers import unpacked_by_peft
 from paca.planning.unseen_values import nothing_drawn
-from paca.pretrained.context_length import context_length
+from paca.pretrained.context_length import context_length, position_table
 from paca.pretrained.location import locate
 from paca.pretrained.quantizing import quantize_outline
 from paca.pretrained.trainable_copy import unpacked
@@ -40,6 +40,7 @@ from paca.training.method_state import check_budget
 from paca.training.named_model import check_same_labels, new_modules, outline_of, train_heads
 from paca.training.plain_lora import check_clusters
 from paca.training.plan import Plan, planned_steps
+from paca.training.positions import check_positions
 from paca.training.trainers import trainer_kind
 from paca.training.untrained_layers import told_of_experts
 from paca.tuner.target_names import told_of_layers
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     check_same_labels(named, data.labels)
     train, held_out = data.train, data.eval
     model = outline_of(named, kind.auto_class, data.labels).model
-    data.context = context_length(model.config)
+    data.context = context_length(model)
     if named.lean:  # a block that it does not know is refused here, before weights are loaded
         undo_lean(make_lean(model, named.recompute))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -133,6 +134,7 @@ def prepare(config: RunConfig, *, whole: bool = True, fetch: bool = False) -> Pr
     inputs = inputs_of(config, train, held_out) if whole and os.environ.get("RANK", "0") == "0" else {}
     data.system = shared_system(train) if whole else None
     data = kind.shape(config, data, whole=whole)
+    check_positions(data.sample, config.train, position_table(model))
     if data.packed is not None:
         steps = _steps(config, given, len(train.dataset), processes, data.packed)
     guessed = data.packed is not None and not data.packed.exact and config.train.get("max_steps", -1) <= 0

@@ -14,7 +14,7 @@ from paca.data import load_examples
 from paca.data.sample import Sample, take_sample
 from paca.training import describe, load_run_config
 from paca.training.plan import show_plan
-from paca.training.reporting.data_preview import context_warning, cut_warning, length_lines, sample_section, show_sample
+from paca.training.reporting.data_preview import cut_warning, length_lines, sample_section, show_sample
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 
@@ -73,17 +73,6 @@ def test_no_length_is_advised_that_the_model_was_not_made_for(sample: Sample) ->
     assert f"{more} 512 positions: set train.max_length=512 if the memory" in str(cut_warning(sample, 512))
     assert f"{more} 115 positions: shorten or remove long examples." in str(cut_warning(sample, 115))
     assert cut_warning(sample, 5023) == cut_warning(sample)
-
-
-def test_examples_longer_than_the_model_was_made_for_are_warned_of(sample: Sample) -> None:
-    told = str(context_warning(sample, 1024, 512))
-    assert told.startswith("The model was made for 512 positions, and train.max_length = 1,024 lets examples be longer")
-    assert "(the longest has 5,023 tokens)" in told
-    assert "Set train.max_length=512, or" in told
-    assert "train.max_length = null lets" in str(context_warning(sample, None, 512))
-    for limit, context in ((512, 512), (1024, None), (None, 5023), (9000, 6000)):
-        assert context_warning(sample, limit, context) is None
-    assert context_warning(replace(sample, examples=5000), 9000, 6000) is not None  # others may be longer
 
 
 def test_a_long_piece_is_shortened_and_control_characters_reach_no_terminal(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from paca.messages.errors import PacaError
+from paca.pretrained.context_length import context_length
 from paca.training.config.early_checks import OWN, OWNED
 from paca.training.config.key_checks import Mistakes, Origins, check_section
 from paca.training.config.learning_rate import AUTO, automatic_rate
@@ -137,7 +138,7 @@ def with_defaults(
     kind = trainer_kind(settings)
     if settings.get("learning_rate") == AUTO:
         settings = {name: value for name, value in settings.items() if name != "learning_rate"}
-    context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     # Numbers that change the result are spelled out even where they are TRL's own defaults today.
     defaults: dict[str, Any] = {
         "trainer": kind.name,
@@ -145,7 +146,7 @@ def with_defaults(
         "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "per_device_eval_batch_size": 8,
-        "max_length": min(1024, context_length or 1024),
+        "max_length": min(1024, context or 1024),
         "learning_rate": automatic_rate(kind, method, adapter or {}, weight_size, settings.get("factor_rank"))[0],
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.03,  # a share of all steps

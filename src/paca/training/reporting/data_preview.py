@@ -105,27 +105,6 @@ def cut_warning(sample: Sample | None, context: int | None = None) -> str | None
     )
 
 
-def context_warning(sample: Sample | None, limit: int | None, context: int | None) -> str | None:
-    """What to tell the user if examples are longer than the model was made for; None otherwise.
-
-    Args:
-        sample: Of the training data, where one was taken.
-        limit: `train.max_length`.
-        context: Positions that the model was made for, where it says so.
-    """
-    if sample is None or context is None or (limit is not None and limit <= context):
-        return None
-    longest = sample.longest if limit is None else min(sample.longest, limit)
-    if longest <= context and sample.sampled == sample.examples:
-        return None
-    given = "null" if limit is None else f"{limit:,}"
-    return (
-        f"The model was made for {context:,} positions, and train.max_length = {given} lets examples be longer (the "
-        f"longest has {sample.longest:,} tokens): it fails there, or reads what it never learned to read. Set "
-        f"train.max_length={context}, or shorten or remove long examples."
-    )
-
-
 def told_of_unanswered(sample: Sample, context: int | None) -> str:
     """What to tell the user of examples with nothing to learn; `context` as in `cut_warning`."""
     looked = "" if sample.sampled == sample.examples else " that were looked at"
