@@ -113,6 +113,28 @@ def test_a_folder_without_splits_is_its_only_one(tmp_path: Path, split: str) -> 
     assert len(load_images(folder, split=f"{split}[:4]").dataset) == 4
 
 
+def test_splits_are_folders_of_labels_whatever_they_are_called_exactly(tmp_path: Path) -> None:
+    save_folder(tmp_path / "sets" / "pets" / "Train set")
+    save_folder(tmp_path / "sets" / "pets" / "val-2024", count=1)
+    save_folder(tmp_path / "sets" / "pets" / "more", count=2)
+    images = load_images(str(tmp_path / "sets" / "pets"))
+    assert len(images.dataset) == 6
+    assert images.description == "6 images with 2 labels: blue, red; images in more are in no split, and left out"
+    assert len(load_images(str(tmp_path / "sets"), split="validation").dataset) == 2  # in the one folder of this one
+    assert len(load_images(str(tmp_path / "sets"), split="all").dataset) == 8
+
+
+def test_a_label_or_an_image_that_is_called_as_a_split_makes_none(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "pictures")
+    (folder / "blue").rename(folder / "train")
+    (folder / "red").rename(folder / "train-steam")
+    image = next((folder / "train").iterdir())
+    image.rename(image.with_name("crash test 0.png"))
+    images = load_images(str(folder))
+    assert images.description == "6 images with 2 labels: train, train-steam"
+    assert len(load_images(str(folder), split="test").dataset) == 6
+
+
 @pytest.mark.parametrize("has", [["train"], ["train", "validation"]])
 def test_a_folder_that_lacks_a_split_says_which_it_has(tmp_path: Path, has: list[str]) -> None:
     for name in has:

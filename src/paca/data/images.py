@@ -13,12 +13,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from datasets.data_files import get_data_patterns
 from PIL import Image
 
 from paca.data.conversion import ORIGIN
 from paca.data.evenly import spread_evenly
 from paca.data.examples import Examples
+from paca.data.image_splits import image_splits
 from paca.data.label_column import columns_of, with_class_labels
 from paca.data.sources import load_from_hub
 from paca.messages.errors import PacaError
@@ -43,9 +43,10 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
         PacaError: The source does not exist, holds no images, or says no label with each.
     """
     path = Path(source).expanduser()
+    beside: list[str] = []
     with without_progress_bars(datasets):
         if path.is_dir():
-            dataset = _from_folder(path, split)
+            dataset, beside = _from_folder(path, split)
         elif path.is_file():
             dataset = _from_file(path)
         elif (found := load_from_hub(source, split)) is not None:
@@ -63,6 +64,8 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
     names = dataset.features["label"].names
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     description = f"{len(dataset):,} images with {len(names)} labels: {shown}"
+    if beside:
+        description += f"; images in {', '.join(beside)} are in no split, and left out"
     return Examples(dataset, "images", source, description)
 
 
@@ -132,20 +135,21 @@ def _unreadable(row: Mapping[str, Any], error: Exception) -> PacaError:
     )
 
 
-def _from_folder(folder: Path, split: str) -> datasets.Dataset:
+def _from_folder(folder: Path, split: str) -> tuple[datasets.Dataset, list[str]]:
+    """Its split, and the names of folders beside the splits."""
     where, asked = str(folder.resolve()), re.split(r"\W", split)[0]  # `test`, of `test[:100]`
     try:
-        splits = {str(name): patterns for name, patterns in get_data_patterns(where).items()}
+        splits, beside = image_splits(Path(where))
         known = [*splits, "all"]
-        if list(splits.values()) == [["**"]]:  # no folder is named as a split, and datasets calls all of it "train"
-            known, split = [asked], known[0] + split[len(asked) :]
+        if not splits:
+            splits, known, split = {"train": ["**"]}, [asked], "train" + split[len(asked) :]
         if asked in known:
             # Without `drop_labels`, folders of which only some split has several labels would lose them.
             found = datasets.load_dataset(
                 "imagefolder", data_dir=where, data_files=splits, split=split, drop_labels=False
             )
             _check_all_in_folders(found)
-            return found
+            return found, beside
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says no more than that
         said = str(error.__cause__ if generating and error.__cause__ else error).strip()
