@@ -42,6 +42,8 @@ def with_data(workspace: Path, tmp_path: Path, name: str, records: list[dict[str
         ("dpo", "train.num_generations=4", "train.num_generations is a setting of train.trainer: grpo, not of dpo"),
         ("dpo", "train.betta=0.1", r"there is no key train.betta. Did you mean train.beta\?"),
         ("classification", "train.beta=0.1", "train.beta is a setting of train.trainer: dpo or grpo"),
+        ("image_classification", "train.train_sampling_strategy=group_by_length", "group_by_length is for texts"),
+        ("image_classification", "train.remove_unused_columns=true", "would remove the images"),
         ("image_classification", "train.max_length=9", "train.max_length is a setting of train.trainer: sft or dpo"),
         ("dpo", "train.model_init_kwargs={}", "train.model_init_kwargs can't be set here"),
         ("classification", "train.max_length=0", "train.max_length must be above zero"),
@@ -238,6 +240,24 @@ def test_pairs_that_trl_would_drop_are_named(workspace: Path, tmp_path: Path) ->
         config = with_data(workspace, tmp_path, name, records, "train.max_length=20", f"output.dir={tmp_path / name}")
         with pytest.raises(PacaError, match=r"data.jsonl, line 2: .* 20 tokens. 1 of 2 pairs would be left out"):
             train(config, console=Console(quiet=True))
+
+
+@pytest.mark.parametrize(("mode", "ends"), [("keep_start", ("c" * 30 + "x", "c" * 30 + "y")), ("keep_end", None)])
+def test_answers_that_differ_only_where_they_are_cut_off_are_refused(
+    workspace: Path, tmp_path: Path, mode: str, ends: tuple[str, str] | None
+) -> None:
+    chosen, rejected = ends or ("x" + "c" * 30, "y" + "c" * 30)
+    records = [{"prompt": "a", "chosen": chosen, "rejected": rejected}]
+    records += [{"prompt": "a", "chosen": "b", "rejected": other} for other in ("c", "d")]
+    cut = ("data.eval=null", "train.max_steps=1", "train.max_length=20", f"train.truncation_mode={mode}")
+    config = with_data(workspace, tmp_path, "dpo", records, *cut, f"output.dir={tmp_path / 'run'}")
+    with pytest.raises(PacaError, match=r"line 1: chosen and rejected are the same once they are cut .* 1 of 3 pairs"):
+        train(config, console=Console(quiet=True))
+    for changed, count in (("data.unusable=leave_out", 2), ("train.max_length=60", 3)):
+        config = with_data(workspace, tmp_path, "dpo", records, *cut, f"output.dir={tmp_path / str(count)}", changed)
+        summary = train(config, console=Console(quiet=True)).summary
+        assert summary is not None
+        assert summary["data"]["train_examples"] == count
 
 
 def test_texts_that_teach_nothing_may_be_left_out(workspace: Path, tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ class Dpo(TrainerKind):
         return super().make(config, adapter, data, **parts)
 
     def check_prepared(self, config: RunConfig, trainer: DPOTrainer, data: RunData) -> tuple[int, int]:
-        """No pair was dropped because its prompt fills `train.max_length`."""
-        return check_all_kept(config, trainer, data, "the prompt alone fills")
+        """No pair was dropped because its prompt fills `train.max_length`, and once cut its answers are two."""
+        dropped = check_all_kept(config, trainer, data, "the prompt alone fills")
+        alike = _check_differ(config, trainer)
+        return dropped[0] + alike[0], dropped[1] + alike[1]
 
     def lengths(self, dataset: Dataset) -> list[int]:
         """Of each pair, the longer one with its prompt."""
@@ -80,6 +82,39 @@ class Dpo(TrainerKind):
             len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
             for row in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
         ]
+
+
+def _check_differ(config: RunConfig, trainer: Any) -> tuple[int, int]:
+    """Refuse a run with pairs whose answers are the same once they are cut, or leave them out: then count them.
+
+    Raises:
+        PacaError: Names the first of them.
+    """
+    limit, keep_end = trainer.args.max_length, trainer.args.truncation_mode == "keep_end"
+    counts = []
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = getattr(trainer, name)
+        counts.append(0)
+        if dataset is None:
+            continue
+        rows = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        alike = {number for number, row in enumerate(rows) if _same_once_cut(row, limit, keep_end)}
+        if alike and (config.data.unusable != "leave_out" or len(alike) == len(dataset)):
+            raise PacaError(
+                f"{dataset[min(alike)][ORIGIN]}: chosen and rejected are the same once they are cut at "
+                f"train.max_length = {limit}, so there is nothing to prefer in {len(alike):,} of {len(dataset):,} "
+                "pairs. Raise train.max_length, or remove them; data.unusable: leave_out does without, if others are "
+                "left."
+            )
+        counts[-1] = len(alike)
+        setattr(trainer, name, dataset.select([number for number in range(len(dataset)) if number not in alike]))
+    return counts[0], counts[1]
+
+
+def _same_once_cut(row: dict[str, list[int]], limit: int | None, keep_end: bool) -> bool:
+    chosen, rejected = (row["prompt_ids"] + row[answer] for answer in ("chosen_ids", "rejected_ids"))
+    kept = slice(None) if limit is None else slice(-limit, None) if keep_end else slice(limit)
+    return chosen[kept] == rejected[kept]
 
 
 def with_pairs_sampled(config: RunConfig, data: RunData, *, cuts: bool = True) -> RunData:
