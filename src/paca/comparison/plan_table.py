@@ -38,7 +38,7 @@ def table_of(planned: Sequence[PlannedMethod]) -> Table:
         "settings": [settings_text(one.method) for one in planned],
         "trained": [_compared(one.plan.trainable_parameters, leader.plan.trainable_parameters) for one in planned],
         "steps": ["?" if one.plan.steps is None else f"{one.plan.steps:,}" for one in planned],
-        "sequences a step": [_sequences(one.plan) for one in planned],
+        "examples a step": [_sequences(one.plan) for one in planned],
     }
     if any("step_seconds" in one for one in measured):
         columns["seconds a step (× in turn)"] = [

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from paca.comparison.comparable import at
 from paca.comparison.contrast import Contrast
 from paca.comparison.method_result import MethodResult
 from paca.comparison.pictures import Curve, loss_over_time, score_against, score_over_rates
@@ -45,7 +46,7 @@ def method_table(result: ComparisonResult) -> Table:
     """Heads and cells: one row for the model as it came, then one a method; see `note_on_intervals`."""
     apart = f"{result.methods[0].name} minus it"
     heads = [
-        "method", "rate", "seeds", f"{result.metric} ({result.good_sign})", apart, "training", "tokens/s",
+        "method", "rate", "seeds", f"{result.metric} ({result.good_sign})", apart, "training", _unit_of_speed(result),
         "peak memory", "trained parameters", "settings",
     ]  # fmt: skip
     rows = []
@@ -55,6 +56,12 @@ def method_table(result: ComparisonResult) -> Table:
     for method, contrast in zip(result.methods, contrasts, strict=True):
         rows.append(_method_row(method, contrast))
     return heads, rows
+
+
+def _unit_of_speed(result: ComparisonResult) -> str:
+    rows = [row for method in result.methods for row in method.tried]
+    trainers = {(at(row, ("run_info", "config", "train")) or {}).get("trainer") for row in rows}
+    return "images/s" if trainers == {"image_classification"} else "tokens/s"
 
 
 def note_on_intervals(table: Table) -> list[str]:
