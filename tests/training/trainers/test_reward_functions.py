@@ -95,9 +95,12 @@ def test_columns_whose_names_the_trainer_takes_are_refused(tmp_path: Path, monke
     (tmp_path / "named_rewards.py").write_text(
         "def reads(completions, completion, **kwargs):\n    return [1.0 for _ in completions]\n"
         "def works(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
+        "def short(completions):\n    return [1.0 for _ in completions]\n"
+        "def needs(completions, answer, **kwargs):\n    return [1.0 for _ in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    reads, works = find_rewards({"reward_funcs": ["named_rewards:reads", "named_rewards:works"]})
+    names = [f"named_rewards:{name}" for name in ("reads", "works", "short", "needs")]
+    reads, works, short, needs = find_rewards({"reward_funcs": names})
     for column, rewards, message in (
         (
             "completion",
@@ -110,6 +113,8 @@ def test_columns_whose_names_the_trainer_takes_are_refused(tmp_path: Path, monke
             "data.jsonl has the column completions, a name under which TRL gives rewards something",
         ),
         ("completion", [works], None),
+        ("solution", [short], r"named_rewards:short takes completions, and TRL gives .* Add \*\*kwargs to"),
+        ("solution", [needs], r"needs the column answer, which .* It has: solution\."),
     ):
         (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "p", column: "x"}) + "\n")
         examples = load_examples(str(tmp_path / "data.jsonl"), family="prompts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -98,7 +99,7 @@ def write_card(folder: Path, summary: dict[str, Any], trained: nn.Module) -> Non
 
 # {summary["name"]}
 
-{_what_it_is(name, named)}
+{_what_it_is(summary["method"], named)}
 
 ## Method
 
@@ -138,7 +139,8 @@ def _system(text: str | None) -> str:
     )
 
 
-def _what_it_is(name: str, model: str) -> str:
+def _what_it_is(method: Mapping[str, Any], model: str) -> str:
+    name, whole = method["name"], method["settings"].get("modules_to_save")
     if name == "full":
         return f"{model}, trained in full: every parameter, without an adapter."
     if name != "paca":
@@ -146,8 +148,13 @@ def _what_it_is(name: str, model: str) -> str:
     paper = "[arXiv 2503.01905](https://arxiv.org/abs/2503.01905)"
     return (
         f"A PaCA adapter (Partial Connection Adaptation, {paper}) for\n{model}: of each adapted\n"
-        "weight matrix a few input columns were trained, and nothing else."
+        f"weight matrix a few input columns were trained, and {f'{_listed(whole)} whole' if whole else 'nothing else'}."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = (f"`{name}`" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _method(summary: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ from paca.pretrained.purpose import classifier_in
 BY_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
 BUILT_IN = ("exact_match", *BY_TRL)
 _FROM_THE_TRAINER = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_OURS = {"prompt", ORIGIN}
+"""Columns that reading the data has made."""
 _WITHHELD = {"prompt": "prompts", "completion": "completions"}
 """Columns that TRL does not give to rewards, and what it gives them."""
 
@@ -204,7 +206,13 @@ def check_columns(rewards: list[Reward], examples: Examples) -> None:
                 f"train.reward_funcs: {reward.name} reads answers that are messages, and the prompts of "
                 f"{examples.source} are text. Give them as messages, or as the column question."
             )
-        for name, parameter in inspect.signature(reward.function).parameters.items():
+        parameters = inspect.signature(reward.function).parameters
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            raise PacaError(
+                f"train.reward_funcs: {reward.name} takes {', '.join(parameters) or 'nothing'}, and TRL gives it the "
+                "prompts, the data's columns and more besides, by their names. Add **kwargs to its parameters."
+            )
+        for name, parameter in parameters.items():
             needed = parameter.default is parameter.empty and parameter.kind not in (
                 parameter.VAR_KEYWORD,
                 parameter.VAR_POSITIONAL,
@@ -219,7 +227,7 @@ def check_columns(rewards: list[Reward], examples: Examples) -> None:
             if name not in dataset.column_names:
                 raise PacaError(
                     f"train.reward_funcs: {reward.name} needs the column {name}, which {examples.source} has not. It "
-                    f"has: {', '.join(dataset.column_names)}."
+                    f"has: {', '.join(column for column in dataset.column_names if column not in _OURS)}."
                 )
             empty = next((o for o, v in zip(dataset[ORIGIN], dataset[name], strict=True) if v is None), None)
             if empty is not None and reward.name in BUILT_IN:
