@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from paca.data.conversion import ORIGIN
 from paca.data.evenly import spread_evenly
@@ -130,8 +130,10 @@ def image_bytes(row: Mapping[str, Any]) -> bytes:
 
 def _unreadable(row: Mapping[str, Any], error: Exception) -> PacaError:
     stored = row["image"]
+    said = "its form is not known" if isinstance(error, UnidentifiedImageError) else error
     return PacaError(
-        f"{row[ORIGIN]} ({stored and stored['path']}) can't be read as an image: {error}. Remove or replace it."
+        f"{row[ORIGIN]} ({stored and stored['path']}) can't be read as an image: {said}. Remove or replace it. (A run "
+        "goes on with the data that it began with: one that has begun must begin anew.)"
     )
 
 

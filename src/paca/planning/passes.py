@@ -48,7 +48,7 @@ def inputs_of(model: PreTrainedModel, setting: Setting, batch_size: int, padded:
     task = task_of(model)
     labels = {"labels": torch.zeros(batch_size, dtype=torch.int64)}
     if task == "images":
-        return {"pixel_values": torch.zeros(batch_size, *image_shape(model.config)), **labels}
+        return {"pixel_values": torch.zeros(batch_size, *image_shape(model.config), dtype=model.dtype), **labels}
     paired = task == "pairs" or setting.trainer in PAIRED
     rows = 2 * batch_size if paired else batch_size  # the chosen answers, then the rejected ones
     tokens = torch.zeros(rows, setting.sequence_length, dtype=torch.int64)

@@ -32,6 +32,7 @@ from paca.pretrained.loss_in_pieces import answer_for_loss
 from paca.pretrained.missing_weights import check_nothing_missing, made_anew
 from paca.pretrained.output_head import multiply_once
 from paca.pretrained.padding_token import choose_pad_token
+from paca.pretrained.purpose import CLASSIFIERS
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -202,6 +203,22 @@ def check_folder_is_whole(name: str, trust_remote_code: bool = False) -> None:
     with explaining(location, None), without_progress_bars(), without_load_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(device_map="meta", output_loading_info=True, **options)
     check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
+
+
+def labels_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> list[str] | None:
+    """What the outputs of a classifier stand for, by its checkpoint's configuration; None of another kind of model.
+
+    Raises:
+        PacaError: As `load_pretrained`.
+    """
+    location, options = _open(name, revision, trust_remote_code)
+    if location.source == "gguf":
+        return None
+    with explaining(location, revision), without_progress_bars():
+        config = AutoConfig.from_pretrained(**options)
+    if not any(str(kind).endswith(CLASSIFIERS) for kind in config.architectures or ()):
+        return None
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
 
 
 def modules_made_anew(

@@ -10,6 +10,8 @@ from paca.messages.errors import PacaError
 from paca.pretrained.adapter_folder import json_object
 
 _CLASSIFIERS = {"ForSequenceClassification": "texts", "ForImageClassification": "images"}
+CLASSIFIERS = tuple(_CLASSIFIERS)
+"""How the names of their classes end."""
 _MOST_LABELS = 100_000
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
 from paca.messages.disk import DiskError, disk_error
@@ -44,8 +45,8 @@ def remedies(config: RunConfig) -> str:
 
 @contextmanager
 def explained(config: RunConfig) -> Iterator[None]:
-    """Turn a lack of memory, of an optional package, or of a form of a method for quantized weights, into messages for
-    the user: `PacaError`."""
+    """Turn a lack of memory, of an optional package, or of a form of a method for quantized weights or for a model's
+    layers, into messages for the user: `PacaError`."""
     try:
         yield
     except PacaError:
@@ -61,6 +62,12 @@ def explained(config: RunConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError, TypeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise PacaError(f"Memory ran out. {remedies(config)}") from error
+        if isinstance(error, AttributeError) and isinstance(error.obj, BaseTunerLayer):
+            raise PacaError(
+                f"PEFT's {method_name(config.method, config.adapter)} does not fit {config.model.name}, whose own code "
+                f"reads {error.name!r} of a layer that it stands for and has no such thing. Name other layers "
+                f"({config.method}.target_modules), or train paca."
+            ) from error
         kind = config.model.quantization
         if kind is None or config.method not in ("lora", "peft") or not within_peft(error):
             raise

@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM, PreT
 from paca.messages.errors import PacaError, about
 from paca.messages.shown import shown
 from paca.pretrained import load_config
-from paca.pretrained.loading import Outline, check_folder_is_whole, modules_made_anew
+from paca.pretrained.loading import Outline, check_folder_is_whole, labels_of, modules_made_anew
 from paca.pretrained.missing_weights import heads_of
 from paca.pretrained.purpose import classifier_in
 from paca.training.config.run_config import ModelSection, RunConfig
@@ -80,6 +80,25 @@ def check_same_labels(named: ModelSection, labels: Sequence[str] | None) -> None
             f"The adapter in {named.adapter} tells apart {shown(had.labels)}, and the data {shown(labels)}. Train on "
             "with data that has each of its labels, or begin anew without model.adapter."
         )
+
+
+def in_models_order(names: list[str], named: ModelSection) -> list[str]:
+    """Labels in the order of a classifier's outputs, if it tells apart just these: its head knows them by their places.
+
+    Args:
+        names: Of the data's labels.
+        named: The model that is trained, or whose adapter is.
+
+    Raises:
+        PacaError: The model can't be found.
+    """
+    if named.adapter is not None:
+        had = classifier_in(named.adapter)
+        known = None if had is None else had.labels
+    else:
+        with about("model.name"):
+            known = labels_of(named.name, named.revision, named.trust_remote_code)
+    return known if known is not None and sorted(known) == sorted(names) else names
 
 
 def new_modules(named: ModelSection, auto_class: Any, labels: Sequence[str], *, fetch: bool) -> list[str]:

@@ -230,8 +230,10 @@ def _adapted_outline(config: RunConfig, model: PreTrainedModel, task_type: str |
     try:
         with nothing_drawn(adapter), unpacked_by_peft(model):
             return get_peft_model(model, adapter, autocast_adapter_dtype=config.train["autocast_adapter_dtype"])
-    except (ValueError, TypeError, RuntimeError) as error:
-        if "No modules were targeted" in str(error):
+    except (ValueError, TypeError, RuntimeError, StopIteration) as error:
+        if isinstance(error, StopIteration):  # PEFT's search for a layer's device
+            reason = "a layer that it names has no weights. Name others with target_modules."
+        elif "No modules were targeted" in str(error):
             reason = f"nothing is adapted in it. Name layers with target_modules. {told_of_layers(model)}"
         elif "Please specify `target_modules`" in str(error):
             choose = f"Give {config.method}.target_modules: all-linear, or name layers."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -163,6 +164,27 @@ def test_a_classifier_says_what_it_is_and_merges(
         AutoImageProcessor.from_pretrained(tmp_path / "merged")
 
 
+@pytest.mark.parametrize("name", ["classification", "image_classification"])
+def test_a_head_that_knows_the_labels_in_another_order_is_kept_by_their_names(
+    finished: Finished, tmp_path: Path, name: str
+) -> None:
+    merge_to_folder(finished(name).folder, tmp_path / "merged")
+    auto = AutoModelForImageClassification if name.startswith("image") else AutoModelForSequenceClassification
+    model = auto.from_pretrained(tmp_path / "merged")
+    head = model.classifier if name.startswith("image") else model.score
+    for parameter in head.parameters():
+        parameter.data = parameter.data.flip(0)
+    model.config.id2label = dict(enumerate(reversed(model.config.id2label.values())))
+    model.config.label2id = {label: number for number, label in model.config.id2label.items()}
+    shutil.copytree(tmp_path / "merged", tmp_path / "turned")
+    model.save_pretrained(tmp_path / "turned")
+    results = [finished(name, f"model.name={tmp_path / kind}", "train.max_steps=1") for kind in ("merged", "turned")]
+    found = [json.loads((result.folder / "summary.json").read_text()) for result in results]
+    assert found[0]["eval_loss_before"] == pytest.approx(found[1]["eval_loss_before"], rel=1e-5)
+    assert found[0]["eval_loss_after"] == pytest.approx(found[1]["eval_loss_after"], rel=1e-4)
+    assert classifier_in(results[1].folder).labels == list(model.config.id2label.values())
+
+
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -195,6 +217,7 @@ def test_the_trained_head_is_what_the_saved_adapter_brings(finished: Finished) -
     folder = finished("classification").folder / "adapter"
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card
+    assert "a few input columns were trained, and `score` whole." in card
     assert "AutoModelForSequenceClassification.from_pretrained(" in card
     base = str(classifier_base(card))
     config = AutoConfig.from_pretrained(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
@@ -172,6 +173,34 @@ def test_a_dry_run_opens_some_images(
             (tmp_path / label / f"{number}.png").write_bytes(b"no picture")
     config = load_run_config(workspace / "image_classification.yaml", [f"data.train={tmp_path}", "data.eval=null"])
     with pytest.raises(PacaError, match=r"image 0 .*a/0\.png\) can't be read as an image.*Remove or replace it"):
+        describe(config)
+
+
+def test_a_run_opens_all_images_before_it_trains(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a damaged one it could not go on: other data is another run."""
+    monkeypatch.chdir(workspace)
+    images = Path(shutil.copytree(workspace / "images", tmp_path / "images"))
+    (images / "red" / "11.png").write_bytes(b"no picture")  # not among the sixteen
+    config = load_run_config(workspace / "image_classification.yaml", [f"data.train={images}", "data.eval=null"])
+    describe(config)
+    with pytest.raises(PacaError, match=r"red/11\.png\) can't be read as an image: its form is not known\. Remove or"):
+        prepare(config)
+
+
+def test_images_that_become_different_in_size_are_refused(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    config = load_run_config(workspace / "image_classification.yaml")
+    config.model.name = str(shutil.copytree(config.model.name, tmp_path / "vision"))
+    settings = json.loads((tmp_path / "vision" / "preprocessor_config.json").read_text())
+    settings |= {"do_resize": False}
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(json.dumps(settings))
+    config.data.train = str(shutil.copytree(config.data.train, tmp_path / "images"))
+    Image.new("RGB", (30, 20)).save(tmp_path / "images" / "blue" / "0.png")
+    with pytest.raises(PacaError, match=r"of several sizes: 30 × 20 pixels of .*, 20 × 18 pixels of .* A batch takes"):
         describe(config)
 
 

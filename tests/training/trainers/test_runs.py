@@ -299,6 +299,37 @@ def test_a_convolutional_network_learns_images(finished: Finished, workspace: Pa
     assert all(value.any() and "_conv" in name for name, value in deltas.items())
 
 
+def test_a_convolutional_network_in_16_bits_reads_images(finished: Finished, workspace: Path) -> None:
+    """A processor's pixels are float32, which its convolutions refuse."""
+    settings = [f"model.name={workspace / 'efficientnet'}", "paca.target_modules=.*(expand|project)_conv"]
+    halves, whole = (finished("image_classification", *settings, *more) for more in (["model.dtype=bfloat16"], []))
+    before = [summary_of(result)["eval_loss_before"] for result in (halves, whole)]
+    assert before[0] == pytest.approx(before[1], rel=0.05)
+    assert any(value.any() for name, value in adapter(halves.folder).items() if name.endswith("paca_delta"))
+
+
+def test_a_method_that_lacks_what_a_models_code_reads_of_a_layer_is_told(workspace: Path, tmp_path: Path) -> None:
+    sizes = {"depth_multiplier": 0.25, "image_size": 32, "num_labels": 2}
+    transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(**sizes)).save_pretrained(
+        tmp_path / "m"
+    )
+    transformers.AutoImageProcessor.from_pretrained(workspace / "efficientnet").save_pretrained(tmp_path / "m")
+    lora = "lora: {r: 2, target_modules: '.*expand_1x1.convolution'}"
+    text = (workspace / "image_classification.yaml").read_text().replace("paca: {r: 4}", lora)
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_run_config(tmp_path / "run.yaml", [f"model.name={tmp_path / 'm'}", f"output.dir={tmp_path / 'run'}"])
+    with pytest.raises(PacaError, match=r"PEFT's lora does not fit .*/m, whose own code reads 'stride' of a layer"):
+        train(config, console=Console(quiet=True))
+
+
+def test_a_layer_without_weights_that_a_method_is_to_adapt_is_told(workspace: Path, tmp_path: Path) -> None:
+    method = "peft: {peft_type: LN_TUNING, target_modules: '.*(layernorm_before|dropout)'}"
+    text = (workspace / "image_classification.yaml").read_text().replace("paca: {r: 4}", method)
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(PacaError, match=r"The section peft does not fit .*: a layer that it names has no weights"):
+        describe(load_run_config(tmp_path / "run.yaml"))
+
+
 @pytest.mark.parametrize("name", ["dpo", "reward"])
 def test_lean_blocks_train_the_same_way(finished: Finished, name: str) -> None:
     lean, plain = (summary_of(finished(name, *more)) for more in (["model.lean=true"], []))

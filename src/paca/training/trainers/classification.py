@@ -27,6 +27,7 @@ from paca.data.tokens import IGNORED, Tokens
 from paca.messages.errors import PacaError
 from paca.pretrained.quiet import without_progress_bars
 from paca.training.config.run_config import RunConfig
+from paca.training.named_model import in_models_order
 from paca.training.prompt_form import tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split, reader
 
@@ -53,7 +54,7 @@ class Classification(TrainerKind):
         train, held_out = read_split(config, self.loader)
         sources = [train] if held_out is None or isinstance(config.data.eval, str) else [train, held_out]
         names = label_names(label for source in sources for label in source.dataset["label"])
-        return with_labels(train, held_out, names)
+        return with_labels(train, held_out, in_models_order(names, config.model))
 
     def shape(self, config: RunConfig, data: RunData, *, whole: bool) -> RunData:
         """With a sample of the texts as tokens."""
