@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset
 from peft import get_peft_model
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -32,13 +33,36 @@ from paca.training.prompt_form import tokenizer_of
 from paca.training.trainers.kind import RunData, TrainerKind, datasets_of, read_split, reader
 
 
+class _ClassifierTrainer(Trainer):
+    """transformers' `Trainer`, with losses in float32, as `paca evaluate` has them, and means over accumulated batches.
+
+    Models that take `num_items_in_batch` are to divide by it, and the classifiers of language models forget: their loss
+    and gradients grew with `gradient_accumulation_steps`.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss, or it and the outputs; smoothed ones are transformers' own."""
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.label_smoother is None and labels is not None:
+            summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            found = cross_entropy(outputs.logits.float(), labels, reduction="sum" if summed else "mean")
+            if summed:  # over all processes, whose gradients are averaged
+                shared = self.args.average_tokens_across_devices
+                found = found * (self.accelerator.num_processes if shared else 1) / num_items_in_batch
+            loss = found
+        return (loss, outputs) if return_outputs else loss
+
+
 class Classification(TrainerKind):
     """transformers' `Trainer`."""
 
     name = "classification"
     arguments = TrainingArguments
     own_keys: ClassVar[dict[str, Any]] = {"max_length": int | None}
-    trainer = Trainer
+    trainer = _ClassifierTrainer
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     task_type: ClassVar[str | None] = "SEQ_CLS"
     renders = False
@@ -78,7 +102,7 @@ class Classification(TrainerKind):
         for name, dataset in datasets_of(data).items():
             parts[name] = None if dataset is None else self.encode(dataset, processor, config)
         measure = Accuracy()
-        trainer = Trainer(data_collator=self.collator(processor), compute_metrics=measure, **parts)
+        trainer = _ClassifierTrainer(data_collator=self.collator(processor), compute_metrics=measure, **parts)
         measure.step_now = lambda: trainer.state.global_step
         return trainer
 
