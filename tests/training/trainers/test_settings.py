@@ -132,6 +132,7 @@ def test_trls_rewards_read_messages_only(workspace: Path, tmp_path: Path) -> Non
         ("image_classification", "model.lean=true", "lean"),
         ("grpo", "train.num_generations=3", "4 answers are made .* train.num_generations: 3 does not divide it"),
         ("classification", "data.template=chatml", "data.template has no effect with train.trainer: classification"),
+        ("image_classification", "data.format=messages", "data.format is of texts"),
         ("image_classification", "data.template=nosuch", "data.template has no effect with train.trainer: image"),
     ],
 )

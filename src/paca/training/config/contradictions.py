@@ -93,6 +93,8 @@ def contradictions_with_trainer(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.data.columns is not None and kind.name == "image_classification":
         yield "data.columns", "is for texts; of images data.label names the column with the label. Leave it out."
+    if config.data.format is not None and kind.name == "image_classification":
+        yield "data.format", "is of texts. Leave it out."
     if not isinstance(config.data.train, str) and kind.name == "image_classification":
         yield "data.train", "is a list; of images give one folder, Parquet file or hub id."
     if config.data.label is not None and kind.name != "image_classification":
