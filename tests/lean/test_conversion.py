@@ -10,7 +10,13 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from tiny_architectures import ARCHITECTURES, GATED
 from torch import Tensor, nn
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from paca.bench.saved_activations import measure_saved_activations
 from paca.lean import is_lean, make_lean, undo_lean
@@ -295,3 +301,53 @@ def test_gemma3_with_its_vision_tower(recompute):
     assert torch.equal(lean_logits, logits)
     for got, want in zip(lean, stock, strict=True):
         assert (got - want).norm() <= 0.05 * want.norm()
+
+
+class OtherNorms:
+    """Where `kernels` loads norms from; what they give is not what the model's own do."""
+
+    def load(self):
+        class Opposite(nn.Module):
+            def forward(self, hidden_states):
+                return -hidden_states
+
+        return Opposite
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loaded_model_stays_lean_in_both_modes(tiny_model, run, tmp_path, wrapped):
+    # transformers puts kernels on a model that it loads, and again whenever its mode changes.
+    kernels = pytest.importorskip("kernels", reason="transformers < 5.25 can do without them")
+
+    def lean_modules():
+        return [name for name, module in whole.named_modules() if "forward" in vars(module)]
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    expected, _ = run(AutoModelForCausalLM.from_pretrained(tmp_path))
+    with kernels.use_kernel_mapping({"RMSNorm": {"cpu": OtherNorms()}}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not torch.equal(run(model)[0], expected)
+        whole = nn.Sequential(model) if wrapped else model
+        make_lean(whole)
+        lean = lean_modules()
+        assert len(lean) == 2 * (1 + 1 + 2) + 1  # attention, MLP and norms of two blocks, and the last norm
+        for mode in (True, False, True):
+            whole.train(mode)
+            assert lean_modules() == lean
+        assert torch.equal(run(model)[0], expected)
+        assert torch.equal(run(undo_lean(model))[0], expected)
+        assert not model.use_kernels
+
+
+def test_a_refused_model_keeps_its_kernels(tiny_model, run, tmp_path):
+    kernels = pytest.importorskip("kernels", reason="transformers < 5.25 can do without them")
+    tiny_model("llama").save_pretrained(tmp_path)
+    with kernels.use_kernel_mapping({"RMSNorm": {"cpu": OtherNorms()}}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        expected, _ = run(model)
+        model.model.layers[1].mlp.forward = lambda x: x
+        with pytest.raises(PacaError, match="forward of its own"):
+            make_lean(model)
+        del model.model.layers[1].mlp.forward
+        assert torch.equal(run(model)[0], expected)
+        assert model.use_kernels

@@ -161,7 +161,7 @@ def _difference_from(expected: torch.Tensor, folder: Path) -> float:
     """Of a logit of the checkpoint as read back, as a share of the largest; PacaError if rounding can't explain it."""
     classifier = classifier_in(folder)
     auto_class = AutoModelForCausalLM if classifier is None else getattr(transformers, classifier.auto_class)
-    model = auto_class.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+    model = auto_class.from_pretrained(folder, dtype="auto", trust_remote_code=False, use_kernels=False).eval()
     found = _probe_logits(on_accelerator(model))
     if torch.equal(found, expected):  # all of them may be 0
         return 0.0

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from paca.lean.activations import ACTIVATIONS, activation_name
@@ -26,7 +27,8 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
     agree to the rounding of their dtype.
 
     Works before or after PEFT wrapped the model. A second call replaces the first one's choice of `recompute`. Forward
-    hooks on an MLP's activation module don't run while the block is lean.
+    hooks on an MLP's activation module don't run while the block is lean. transformers' kernels (`use_kernels`, on by
+    default where a model is loaded) are switched off: `train()` and `eval()` would put them over lean forwards.
 
     Args:
         model: A transformers model, or a PEFT model around one, whose blocks are all of known classes.
@@ -48,8 +50,14 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
     for module in model.modules():  # the final norm is outside the blocks
         if id(module) not in covered and (style := norms.get(qualified_name(type(module)))) is not None:
             forwards.append(LeanRMSNorm(module, style, feeds_recomputed=False))
-    for forward in forwards:
-        _refuse_foreign_forward(forward.module)
+    kernelized = _without_kernels(model)
+    try:
+        for forward in forwards:
+            _refuse_foreign_forward(forward.module)
+    except PacaError:
+        for part in kernelized:
+            part.set_use_kernels(True)
+        raise
     undo_lean(model)
     for forward in forwards:
         _install(forward)
@@ -57,7 +65,10 @@ def make_lean(model: Model, recompute: Recompute | None = None) -> Model:
 
 
 def undo_lean(model: Model) -> Model:
-    """Give every module of `model` its stock forward back, and return it. One that isn't lean stays as it is."""
+    """Give every module of `model` its stock forward back, and return it. One that isn't lean stays as it is.
+
+    transformers' kernels stay off: `model.use_kernels = True` puts them on again.
+    """
     for module in model.modules():
         instance = vars(module)
         if isinstance(instance.get("forward"), LeanForward):
@@ -139,6 +150,15 @@ def _activation(block: str, module: nn.Module) -> str:
             f"{', '.join(ACTIVATIONS)}."
         )
     return kind
+
+
+def _without_kernels(model: nn.Module) -> list[PreTrainedModel]:
+    """Switch transformers' kernels off in `model`, in place, and return the models that had them."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    kernelized = [module for module in models if module.use_kernels]
+    for module in kernelized:
+        module.use_kernels = False
+    return kernelized
 
 
 def _slot(module: nn.Module) -> str:

@@ -84,7 +84,8 @@ def load_pretrained(
         auto_class: The `AutoModel...` of transformers that makes the model.
         labels: For a classifier, what its outputs stand for. A checkpoint without a head for as many gets a new one.
 
-    The tokenizer always has a padding token afterwards; one that had to be chosen is logged.
+    The tokenizer always has a padding token afterwards; one that had to be chosen is logged. transformers' kernels from
+    the hub stay off: with them results would depend on what can be fetched, and `make_lean` replaces them.
 
     Raises:
         PacaError: The name stands for no model, the checkpoint cannot be read or lacks weights, or the hub cannot be
@@ -125,7 +126,9 @@ def load_pretrained(
         if labels is not None:
             config = AutoConfig.from_pretrained(**options, **_label_settings(labels))
             options |= {"config": config, "ignore_mismatched_sizes": True}
-        model, found = auto_class.from_pretrained(dtype=torch_dtype, output_loading_info=True, **options)
+        model, found = auto_class.from_pretrained(
+            dtype=torch_dtype, output_loading_info=True, use_kernels=False, **options
+        )
     if auto_class is AutoModelForCausalLM:
         check_nothing_missing(model, found["missing_keys"], location.name_or_path)
         multiply_once(model)
@@ -201,7 +204,9 @@ def check_folder_is_whole(name: str, trust_remote_code: bool = False) -> None:
     if location.source != "folder" or not any(Path(location.name_or_path).glob("*.safetensors")):
         return
     with explaining(location, None), without_progress_bars(), without_load_report():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(device_map="meta", output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            device_map="meta", output_loading_info=True, use_kernels=False, **options
+        )
     check_nothing_missing(loaded[0], loaded[1]["missing_keys"], location.name_or_path)
 
 
@@ -242,7 +247,9 @@ def modules_made_anew(
             return []
         options |= {"config": config, "ignore_mismatched_sizes": True, "local_files_only": of_hub and not fetch}
         try:
-            model, found = auto_class.from_pretrained(device_map="meta", output_loading_info=True, **options)
+            model, found = auto_class.from_pretrained(
+                device_map="meta", output_loading_info=True, use_kernels=False, **options
+            )
         except OSError:  # its weights are not here
             if not fetch:
                 return []
