@@ -1,4 +1,4 @@
-"""PaCA on stacks of transformers' experts that take no part in its interface of experts: each family's own code."""
+"""PaCA on stacks of experts of families with code of their own, partly outside of transformers' interface."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> Any:
     for parameter in model.parameters():
         if parameter.dim() == 3:
             nn.init.normal_(parameter, std=0.15)
+    if dtype == torch.float64:
+        model.config._experts_implementation = "eager"  # torch's grouped kernel has no float64
     return model.to(dtype).eval()
 
 

@@ -40,3 +40,25 @@ def test_nothing_is_held_back_once_the_import_is_over(caplog: pytest.LogCaptureF
         pass
     logging.getLogger("torchao").warning(KERNELS)
     assert [record.name for record in caplog.records] == ["torchao"]
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: no such file"),
+        (
+            "kernels._internals.hf_hub",
+            "Skipping publisher trust check for 'kernels-community/x' because of offline mode.",
+        ),
+    ],
+)
+def test_a_kernel_that_nobody_asked_for_is_not_missed(name: str, note: str, caplog: pytest.LogCaptureFixture) -> None:
+    for logger in (name, "paca"):
+        caplog.set_level(logging.INFO, logger)
+    with hold_import_notes():
+        logging.getLogger(name).warning(note)
+        logging.getLogger(name).warning("anything else")
+    assert [(record.name, record.getMessage().endswith(note)) for record in caplog.records] == [
+        ("paca", True),
+        (name, False),
+    ]

@@ -13,9 +13,11 @@ _NOTES = {
     "torch.utils._pytree": r".* is an Enum subclass and is now natively supported",
     "torch.utils.cpp_extension": r"No CUDA runtime is found",
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
+    "kernels._internals.hf_hub": r"Skipping publisher trust check",
 }
 """By logger: the kernels for CUDA that torchao brings, torchao's way to register its types with torch, a compiler for
-CUDA where there is no such device, and an optional kernel that bitsandbytes looks for on CPUs."""
+CUDA where there is no such device, and an optional kernel that bitsandbytes looks for on CPUs, which it may neither
+fetch nor check without the hub."""
 NOTING = tuple(_NOTES)
 """The loggers that leave such notes."""
 

@@ -111,7 +111,12 @@ def _save_vision_models(folder: Path) -> None:
     size = {"height": 16, "width": 16}
     ViTImageProcessor(size=size).save_pretrained(folder / "vit")
     efficientnet = EfficientNetConfig(
-        image_size=32, width_coefficient=0.1, depth_coefficient=0.1, hidden_dim=128, num_labels=10
+        image_size=32,
+        width_coefficient=0.1,
+        depth_coefficient=0.1,
+        hidden_dim=128,
+        num_labels=10,
+        initializer_range=0.3,
     )
     convolutional = EfficientNetForImageClassification(efficientnet).train()
     with torch.no_grad():  # running statistics of something: by those of no batch its outputs are all 0
