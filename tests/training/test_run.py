@@ -335,6 +335,8 @@ def test_a_finished_run_is_neither_repeated_nor_overwritten(run: Runner, tmp_pat
     assert (tmp_path / "a" / "summary.json").stat().st_mtime_ns == changed
     with pytest.raises(PacaError, match=r"finished, with other settings:\n  paca.r: 4 → 2\n  train.max_steps: 2 → 3"):
         run("a", "train.max_steps=3", "paca.r=2", resume=True)
+    with pytest.raises(PacaError, match=r"measure its result so: \S*paca evaluate \S+a --set eval.max_new_tokens=..."):
+        run("a", "train.max_steps=2", "eval.metric=null", "eval.max_new_tokens=9", resume=True)
     with pytest.raises(PacaError, match="already holds a finished run"):
         run("a", "train.max_steps=2")
     again = run("a", "train.max_steps=3", "output.overwrite=true")

@@ -25,6 +25,7 @@ from paca.messages.program import program
 from paca.messages.say import console_for_tables, say
 from paca.pretrained.adapter_folder import base_of_whole, find_adapter
 from paca.pretrained.purpose import classifier_in
+from paca.training.config.run_config import MEASURED_BY
 
 JUDGE_KEY = "PACA_JUDGE_KEY"
 
@@ -194,9 +195,6 @@ def evaluate(
         raise typer.Exit(130) from None
 
 
-_BY_SET = ("eval.metric", "eval.answer_pattern", "eval.max_new_tokens")
-
-
 def _check_overrides(overrides: list[str], own_data: bool) -> None:
     if overrides and not own_data:
         raise PacaError("--set changes what a run's own data is measured by; --tasks and --mt-bench say it themselves.")
@@ -204,8 +202,9 @@ def _check_overrides(overrides: list[str], own_data: bool) -> None:
         key = override.partition("=")[0].strip()
         if key == "eval.limit":
             raise PacaError(f"--set {override}: of paca evaluate that is --limit.")
-        if key not in _BY_SET:
-            raise PacaError(f"--set {override}: only {', '.join(_BY_SET)} can be changed, as eval.metric=exact_match.")
+        if key not in MEASURED_BY:
+            known = ", ".join(MEASURED_BY)
+            raise PacaError(f"--set {override}: only {known} can be changed, as eval.metric=exact_match.")
 
 
 def columns_of_flag(*texts: str) -> dict[str, str]:
@@ -265,7 +264,7 @@ def _measure_own_data(
     try:
         scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
     except PacaError as error:
-        where = " (Here: --set eval.KEY=VALUE.)" if any(key in str(error) for key in _BY_SET) else ""
+        where = " (Here: --set eval.KEY=VALUE.)" if any(key in str(error) for key in MEASURED_BY) else ""
         raise PacaError(f"{error}{where}") from error
     shown.finish()
     print_table(console, own_run.rows_of_run(scores, what))

@@ -116,6 +116,10 @@ class EvalSection:
         return " of the whole answer" if self.answer_pattern is None else f" of what {self.answer_pattern} finds"
 
 
+MEASURED_BY = ("eval.metric", "eval.answer_pattern", "eval.max_new_tokens")
+"""What a trained model can still be measured by in another way."""
+
+
 @dataclass
 class OutputSection:
     """Where the results go."""

@@ -17,7 +17,7 @@ from paca.data import Examples
 from paca.data.file_content import hash_of
 from paca.messages.errors import PacaError
 from paca.messages.processes import launched_processes
-from paca.messages.program import resume_command
+from paca.messages.program import program, resume_command
 from paca.messages.shown import setting
 from paca.pretrained import Pretrained
 from paca.pretrained.adapter_folder import weight_file
@@ -25,7 +25,7 @@ from paca.pretrained.base_weights import KEY, rows_of_weights
 from paca.pretrained.content import model_content
 from paca.pretrained.whole_output import write_whole
 from paca.training.config.adapter_settings import with_defaults
-from paca.training.config.run_config import RunConfig
+from paca.training.config.run_config import MEASURED_BY, RunConfig
 from paca.training.config.strict_yaml import read_yaml
 from paca.training.config.train_settings import keys_of_files
 from paca.training.folder.run_folder import RunFolder
@@ -128,10 +128,14 @@ def told_of_finished(folder: RunFolder, config: RunConfig) -> str:
         ]
         if other:
             lines = "\n".join(f"  {key}: {setting(had.get(key))} → {setting(now[key])}" for key in sorted(other))
+            again = " ".join(f"--set {key}=..." for key in sorted(other))
+            measured = f"To measure its result so: {program()} evaluate {shlex.quote(str(folder.path))} {again}\n"
+            if not set(other) <= set(MEASURED_BY):
+                measured = ""
             raise PacaError(
                 f"The run in {folder.path} is finished, with other settings:\n{lines}\n"
-                "To train with the new ones, leave --resume out, and give another output.dir. To train its result on, "
-                f"also --set {shlex.quote(_trained_on(folder, config))}"
+                f"{measured}To train with the new ones, leave --resume out, and give another output.dir. To train its "
+                f"result on, also --set {shlex.quote(_trained_on(folder, config))}"
             )
     steps = f"{folder.read_summary()['steps']:,}"
     return (
