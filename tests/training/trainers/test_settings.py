@@ -243,6 +243,13 @@ def test_pairs_that_trl_would_drop_are_named(workspace: Path, tmp_path: Path) ->
             train(config, console=Console(quiet=True))
 
 
+def test_no_length_beyond_the_models_positions_is_advised(workspace: Path, tmp_path: Path) -> None:
+    records = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a" * 300, "chosen": "b", "rejected": "c"}]
+    config = with_data(workspace, tmp_path, "dpo", records, "train.max_length=256", f"output.dir={tmp_path / 'run'}")
+    with pytest.raises(PacaError, match=r"left out so. The model was made for 256 positions, so shorten or remove"):
+        train(config, console=Console(quiet=True))
+
+
 @pytest.mark.parametrize(("mode", "ends"), [("keep_start", ("c" * 30 + "x", "c" * 30 + "y")), ("keep_end", None)])
 def test_answers_that_differ_only_where_they_are_cut_off_are_refused(
     workspace: Path, tmp_path: Path, mode: str, ends: tuple[str, str] | None

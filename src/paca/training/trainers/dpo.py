@@ -73,7 +73,7 @@ class Dpo(TrainerKind):
     def check_prepared(self, config: RunConfig, trainer: DPOTrainer, data: RunData) -> tuple[int, int]:
         """No pair was dropped because its prompt fills `train.max_length`, and once cut its answers are two."""
         dropped = check_all_kept(config, trainer, data, "the prompt alone fills")
-        alike = _check_differ(config, trainer)
+        alike = _check_differ(config, trainer, data)
         return dropped[0] + alike[0], dropped[1] + alike[1]
 
     def lengths(self, dataset: Dataset) -> list[int]:
@@ -84,7 +84,7 @@ class Dpo(TrainerKind):
         ]
 
 
-def _check_differ(config: RunConfig, trainer: Any) -> tuple[int, int]:
+def _check_differ(config: RunConfig, trainer: Any, data: RunData) -> tuple[int, int]:
     """Refuse a run with pairs whose answers are the same once they are cut, or leave them out: then count them.
 
     Raises:
@@ -103,7 +103,7 @@ def _check_differ(config: RunConfig, trainer: Any) -> tuple[int, int]:
             raise PacaError(
                 f"{dataset[min(alike)][ORIGIN]}: chosen and rejected are the same once they are cut at "
                 f"train.max_length = {limit}, so there is nothing to prefer in {len(alike):,} of {len(dataset):,} "
-                "pairs. Raise train.max_length, or remove them; data.unusable: leave_out does without, if others are "
+                f"pairs. {_raise_or_remove(limit, data.context)} data.unusable: leave_out does without, if others are "
                 "left."
             )
         counts[-1] = len(alike)
@@ -154,9 +154,16 @@ def check_all_kept(config: RunConfig, trainer: Any, data: RunData, why: str) -> 
             continue
         there = set(kept[ORIGIN])
         lost = [origin for origin in given.dataset[ORIGIN] if origin not in there]
+        limit = trainer.args.max_length
         raise PacaError(
-            f"{lost[0]}: {why} train.max_length = {trainer.args.max_length} tokens. {len(lost):,} of "
-            f"{len(given.dataset):,} pairs would be left out so. Raise train.max_length, or remove them; "
-            "data.unusable: leave_out does without."
+            f"{lost[0]}: {why} train.max_length = {limit} tokens. {len(lost):,} of {len(given.dataset):,} pairs would "
+            f"be left out so. {_raise_or_remove(limit, data.context)} data.unusable: leave_out does without."
         )
     return counts[0], counts[1]
+
+
+def _raise_or_remove(limit: int, context: int | None) -> str:
+    """How an advice for pairs that are cut too early begins: no length beyond the model's context."""
+    if context is not None and limit >= context:
+        return f"The model was made for {context:,} positions, so shorten or remove them;"
+    return "Raise train.max_length, or remove them;"
