@@ -29,7 +29,7 @@ import json, os, sys, traceback
 from paca_command import enter_package, main
 enter_package()
 import paca.cli
-print([name for name in {HEAVY!r} if name in sys.modules], flush=True)
+print([name for name in {(*HEAVY, "yaml")!r} if name in sys.modules], flush=True)
 for line in sys.stdin:
     arguments, cwd, output, errors = json.loads(line)
     child = os.fork()

@@ -25,7 +25,6 @@ from paca.messages.program import program
 from paca.messages.say import console_for_tables, say
 from paca.pretrained.adapter_folder import base_of_whole, find_adapter
 from paca.pretrained.purpose import classifier_in
-from paca.training.config.run_config import MEASURED_BY
 
 JUDGE_KEY = "PACA_JUDGE_KEY"
 
@@ -202,6 +201,8 @@ def _check_overrides(overrides: list[str], own_data: bool) -> None:
         key = override.partition("=")[0].strip()
         if key == "eval.limit":
             raise PacaError(f"--set {override}: of paca evaluate that is --limit.")
+        from paca.training.config.run_config import MEASURED_BY
+
         if key not in MEASURED_BY:
             known = ", ".join(MEASURED_BY)
             raise PacaError(f"--set {override}: only {known} can be changed, as eval.metric=exact_match.")
@@ -264,6 +265,8 @@ def _measure_own_data(
     try:
         scores = own_run.evaluate_run(loaded, config, held_out, limit, batch_size, output, shown)
     except PacaError as error:
+        from paca.training.config.run_config import MEASURED_BY
+
         where = " (Here: --set eval.KEY=VALUE.)" if any(key in str(error) for key in MEASURED_BY) else ""
         raise PacaError(f"{error}{where}") from error
     shown.finish()
