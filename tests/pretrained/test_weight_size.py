@@ -11,11 +11,11 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from paca.pretrained.gguf import kept_of
 from paca.pretrained.location import Location, locate
-from paca.pretrained.weight_size import weight_size
+from paca.pretrained.weight_size import size_of_loaded, weight_size
 from tiny_checkpoint import save_base
 from tiny_gguf import write_gguf
 
@@ -85,6 +85,26 @@ def test_what_can_not_be_read_tells_nothing(tmp_path: Path) -> None:
         {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 64, dtype=torch.int8)}, tmp_path / "model.safetensors"
     )
     assert weight_size(Location("folder", str(tmp_path))) is None
+
+
+def test_weights_in_floats_of_8_bits_tell_nothing(tmp_path: Path) -> None:
+    """Their scales are no weights, and what has none may be routers alone."""
+    weight = torch.ones(64, 64).to(torch.float8_e4m3fn)
+    scale, router = torch.full((64, 64), 9.0), torch.ones(64, 64)
+    for name, file in (("scaled", "model.safetensors"), ("pickled", "pytorch_model.bin")):
+        tensors = {
+            "model.layers.0.mlp.up_proj.weight": weight,
+            "model.layers.0.mlp.up_proj.weight_scale_inv": scale,
+            "model.layers.0.mlp.gate.weight": router,
+        }
+        (tmp_path / name).mkdir()
+        save = save_file if file.endswith("safetensors") else torch.save
+        save(tensors, tmp_path / name / file)
+        assert weight_size(Location("folder", str(tmp_path / name))) is None
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale_inv = nn.Parameter(scale)
+    assert size_of_loaded(nn.Sequential(layer, nn.Linear(64, 64))) is None
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])

@@ -294,5 +294,6 @@ def _tokenizer_at(location: Location, options: dict[str, Any]) -> PreTrainedToke
 
 
 def _image_processor_at(location: Location, options: dict[str, Any]) -> Any:
-    with explaining(location, options.get("revision"), what="image processor"), without_progress_bars():
+    what = "image processor"  # timm's is said to lack one of two ways to work, which nobody misses
+    with explaining(location, options.get("revision"), what=what), without_progress_bars(), without_load_report():
         return AutoImageProcessor.from_pretrained(**options)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Hide transformers' table of weights that a checkpoint lacks: a new head is what was asked for."""
+    """Hide what transformers says that it misses, such as a head's weights in a checkpoint: a new one was asked for."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -31,7 +31,7 @@ _ROWS = 64
 """Of each of their weights, in its middle."""
 _LEAST = 32  # rows and columns of a layer's weight, at least: smaller ones are factors, gates or depthwise
 _OTHERS = re.compile(r"embed|embd|wte|wpe|lm_head|^output|norm|router|position|score|classifier|vision|visual", re.I)
-_BESIDE = ("bias", "scale", "scales", "zeros", "absmax")  # what is in float of weights that are quantized
+_BESIDE = ("bias", "scale", "scales", "scale_inv", "zeros", "absmax")  # what is in float of quantized weights
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -67,7 +67,10 @@ def size_of_loaded(model: nn.Module) -> float | None:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     weights = dict(_base_weights(model))
-    return _mean(rows.detach().cpu() for name in _chosen(weights) for rows in _rows_of(weights[name]))
+    try:
+        return _mean(rows.detach().cpu() for name in _chosen(weights) for rows in _rows_of(weights[name]))
+    except ValueError:  # of `_is_whole`
+        return None
 
 
 def _base_weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
@@ -85,7 +88,7 @@ def _base_weights(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.P
 def _rows_of(weight: nn.Parameter) -> Iterator[Tensor]:
     if type(weight) is not nn.Parameter or weight.is_meta:  # those of quantized layers are of classes of their own
         return
-    if weight.dtype in _FLOATS:
+    if _is_whole(weight):
         yield from (weight[place] for place in _middles(weight.shape))
 
 
@@ -149,7 +152,7 @@ def _tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
         with safe_open(find(places[name]), framework="pt") as file:
             weight = file.get_slice(name)
             rows = (weight[place] for place in _middles(weight.get_shape()))
-            yield from (some for some in rows if some.dtype in _FLOATS)
+            yield from (some for some in rows if _is_whole(some))
 
 
 def _pickled_tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
@@ -158,7 +161,18 @@ def _pickled_tensors(find: Callable[[str], Path]) -> Iterator[Tensor]:
     for part in dict.fromkeys(places[name] for name in chosen):
         tensors = _mapped(find(part))
         weights = (tensors[name] for name in chosen if places[name] == part)
-        yield from (weight[place] for weight in weights for place in _middles(weight.shape) if weight.dtype in _FLOATS)
+        yield from (weight[place] for weight in weights for place in _middles(weight.shape) if _is_whole(weight))
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Whether its values are the weight's; those of integers, which others are quantized to, are passed over.
+
+    Raises:
+        ValueError: They are floats of 8 bits, whose scales lie elsewhere. What is not so may be routers alone.
+    """
+    if weight.is_floating_point() and weight.element_size() == 1:
+        raise ValueError(f"weights are {weight.dtype}")
+    return weight.dtype in _FLOATS
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:
