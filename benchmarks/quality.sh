@@ -3,7 +3,7 @@
 #
 #   .venv/bin/python -m benchmarks.quality.prepare --data FOLDER    once; without --data from the hub
 #   bash benchmarks/quality.sh digits arc gsm8k encyclopedia        or some of them
-#   EQUAL=time bash benchmarks/quality.sh digits-seeds                       with ten other seeds
+#   EQUAL=time bash benchmarks/quality.sh digits-seeds digits-wide-seeds     with ten other seeds
 #   EQUAL=time bash benchmarks/quality.sh digits-wide arc-wide gsm8k-wide    with 256 columns a layer
 #   EQUAL=time bash benchmarks/quality.sh arc-long                           with more steps
 #   EQUAL=time bash benchmarks/quality.sh gsm8k-long encyclopedia-long       the same, and 256 columns
@@ -39,6 +39,9 @@ for task in "$@"; do
             digits-seeds-time) # other seeds; the committed rows have all ten at both rates of each method
                 config=digits64 seeds=3,4,5,6,7,8,9,10,11,12 rates=2.2e-3,3.5e-3 methods=paca,lora
                 own=(--lr lora=7.81e-4,1.25e-3 --no-extend)
+                ;;
+            digits-wide-seeds-time) # the best rates of digits-wide-time, other seeds
+                config=digits-wide seeds=3,4,5,6,7,8,9,10,11,12 rates=1.25e-3 methods=paca,lora own=(--no-extend)
                 ;;
             digits-wide-time) rates=7.8e-4,1.25e-3,2e-3 own=(--lr lora=1.25e-3,2e-3,3.2e-3) ;;
             digits-wide-*) rates=1.25e-3,2e-3,3.2e-3 ;;
