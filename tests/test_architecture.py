@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import sys
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_the_picture_leaves_out_what_follows_and_what_all_may_use():
     arrows = {"top": ("bottom", "messages", "middle"), "middle": ("bottom",), "bottom": ("messages",), "messages": ()}
     assert levels_of(arrows) == {"messages": 0, "bottom": 1, "middle": 2, "top": 3}
     assert direct(arrows) == [("top", "middle"), ("middle", "bottom")]
+
+
+def test_no_files_import_each_other_also_not_later_or_for_types():
+    files = {".".join(("paca", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in SOURCE.rglob("*.py")}
+    graph = {}
+    for name, path in files.items():
+        imported = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        wanted = {one for node in imported for one in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
+        graph[name] = wanted & files.keys()  # a package's __init__ collects what lies in it, and is no part of circles
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_rooms_that_import_each_other_are_named():

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+"""What a base model's weights can be in, as runs name it."""
 _LARGEST = 64 * 2**20  # bytes of a JSON file: the columns of 50,000 layers, listed one by one, have 20 million
 _LONGEST = 1_000  # characters of a name
 
@@ -182,11 +184,9 @@ def find_quantization(adapter: Path) -> str | None:
 
 
 def find_dtype(adapter: Path | None) -> str:
-    """What the base model was in as the adapter was trained, if its run says one of `DTYPES`; else "auto"."""
-    from paca.pretrained.loading import DTYPES  # torch, which most commands need not wait for
-
+    """What the base model was in as the adapter was trained, if its run says one of `DTYPE_NAMES`; else "auto"."""
     said = None if adapter is None else _said_by_the_run(adapter, "model", "dtype")
-    return said if said in DTYPES else "auto"
+    return said if said in DTYPE_NAMES else "auto"
 
 
 def find_gguf(adapter: Path) -> str | None:

@@ -25,6 +25,7 @@ from transformers import (
 
 from paca.messages.errors import PacaError
 from paca.pretrained import gguf, quantizing
+from paca.pretrained.adapter_folder import DTYPE_NAMES
 from paca.pretrained.explaining import explaining
 from paca.pretrained.hub import check_holds_no_adapter
 from paca.pretrained.location import Location, Source, locate, tokenizer_files
@@ -35,7 +36,7 @@ from paca.pretrained.padding_token import choose_pad_token
 from paca.pretrained.purpose import CLASSIFIERS
 from paca.pretrained.quiet import without_load_report, without_progress_bars
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
