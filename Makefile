@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal -m "not slow"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test slow matrix sequences kills endurance families fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
+.PHONY: help install demo test slow matrix sequences sharded kills endurance families fuzz launches pefts-tests docs notebooks browser wheel release lint clean demo-clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make launches    DDP, FSDP2 and ZeRO by torchrun and accelerate launch, with 2 and 4 processes, against one process"
 	@echo "make pefts-tests run PEFT's own tests of LoRA with PaCA in its place (three minutes; fetched from the index)"
 	@echo "make sequences   2,000 random sequences of operations beside a float64 model (docs/reliability.md)"
+	@echo "make sharded     800 of them on models that FSDP2 shards, in 2 and 4 processes (15 minutes)"
 	@echo "make docs        the documentation as a site in build/site, from docs/ and the code"
 	@echo "make browser     the tests that need a browser (a minute; needs a Chromium: apt install chromium)"
 	@echo "make notebooks   run docs/notebooks and keep what they print"
@@ -97,6 +98,10 @@ launches: $(STAMP)
 
 sequences: $(STAMP)
 	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m operation_sequences --ctrl-c 1 $(ARGS)
+
+sharded: $(STAMP)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m distributed.sharded_sequences --sequences 500 $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m distributed.sharded_sequences --sequences 300 --processes 4 $(ARGS)
 
 docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build  # with --quiet its strict mode sees no warning
