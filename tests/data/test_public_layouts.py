@@ -315,6 +315,25 @@ def test_options_beside_a_question_and_its_answer_travel_along(tmp_path: Path) -
     assert "the sea" not in examples.dataset[0]["prompt"][0]["content"]
 
 
+@pytest.mark.parametrize("options", [["3", "4", "5"], '["3", "4", "5"]'])
+def test_options_of_which_the_answer_names_one_by_letter_or_position_are_listed(tmp_path: Path, options: Any) -> None:
+    """MMLU-Pro's layout; trained as they stood, the model would learn letters without what they mean."""
+    listed = "And 1+1?\nA. 2\nB) 11"
+    rows = [
+        {"question": "What is 2+2?", "options": options, "answer": "B", "answer_index": 1},
+        {"question": "What is 2+2?", "options": options, "answer": 1},
+        {"question": listed, "options": ["2", "11"], "answer": "A"},
+    ]
+    examples = load_examples(jsonl(tmp_path / "pro.jsonl", rows))
+    assert [example["prompt"][0]["content"] for example in examples.dataset] == [
+        "What is 2+2?\nA. 3\nB. 4\nC. 5",
+        "What is 2+2?\nA. 3\nB. 4\nC. 5",
+        listed,
+    ]
+    assert [example["completion"][0]["content"] for example in examples.dataset] == ["B", "B", "A"]
+    assert list(examples.dataset["options"]) == [["A", "B", "C"], ["A", "B", "C"], ["A", "B"]]
+
+
 def test_options_beside_a_prompt_and_its_completion_travel_along(tmp_path: Path) -> None:
     row = {"prompt": "2 + 2 =", "completion": " 4", "options": [" 3", " 4"]}
     examples = load_examples(jsonl(tmp_path / "rows.jsonl", [row]))

@@ -28,12 +28,7 @@ def mmlu_question(row: Row) -> Row:
     Raises:
         PacaError: A field is of another kind, or the answer is none of the choices.
     """
-    options, answer = row["choices"], row["answer"]
-    if isinstance(options, str):  # CSV has only texts
-        for read in (json.loads, ast.literal_eval) if options.lstrip().startswith("[") else ():
-            with suppress(ValueError, RecursionError, SyntaxError, MemoryError):
-                options = read(options)
-                break
+    options, answer = _as_list(row["choices"]), row["answer"]
     if not _is_texts(options):
         raise PacaError(f"choices is {options!r}; expected a list of texts.")
     if isinstance(row["choices"], str) and len(options) == 1:
@@ -55,6 +50,22 @@ def mmlu_question(row: Row) -> Row:
             "letter."
         )
     return _asked(row["question"], labels, options, labels[position])
+
+
+def named_by_letter(row: Row) -> Row | None:
+    """A row with `options`, whose `answer` is the letter or position of one and none of them itself (as in MMLU-Pro),
+    read as `mmlu_question` does, where it does not list them already; of any other row None."""
+    options, answer = _as_list(row.get(OPTIONS)), row["answer"]
+    if not _is_texts(options) or not 2 <= len(options) <= len(string.ascii_uppercase) or answer in options:
+        return None
+    labels = _letters(len(options))
+    if answer not in labels and (isinstance(answer, bool) or not isinstance(answer, int)):
+        return None
+    question = row["question"]
+    listed = (rf"\b{label}\W{{1,3}}{re.escape(option.strip())}" for label, option in zip(labels, options, strict=True))
+    if isinstance(question, str) and answer in labels and all(re.search(one, question) for one in listed):
+        return {**row, OPTIONS: labels}
+    return mmlu_question({"question": question, "choices": options, "answer": answer})
 
 
 def lettered_question(row: Row) -> Row:
@@ -115,6 +126,15 @@ def _asked(question: object, labels: list[str], options: list[str], answer: str)
         raise error(f"question is {question!r}; expected text.")
     listed = (f"{label}. {option}" for label, option in zip(labels, options, strict=True))
     return {"question": "\n".join([question.strip(), *listed]), "answer": answer, OPTIONS: labels}
+
+
+def _as_list(options: object) -> object:
+    """The list that a text writes, in JSON or as Python does: CSV has only texts; anything else as it is."""
+    if isinstance(options, str) and options.lstrip().startswith("["):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, RecursionError, SyntaxError, MemoryError):
+                return read(options)
+    return options
 
 
 def _is_texts(value: object) -> TypeGuard[list[str]]:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paca.data.choices import LAST_LETTER, LETTERS, OPTIONS, arc_question, lettered_question, mmlu_question
+from paca.data.choices import (
+    LAST_LETTER,
+    LETTERS,
+    OPTIONS,
+    arc_question,
+    lettered_question,
+    mmlu_question,
+    named_by_letter,
+)
 from paca.data.message_trees import FLAT_COLUMNS, OF_USE, TREE_COLUMNS, answered_trees, best_path, trees_of_messages
 from paca.data.rows import Row
 from paca.messages.errors import NothingToLearn, PacaError
@@ -97,6 +105,7 @@ def _from_alpaca(row: Row) -> Example:
 
 
 def _from_question_answer(row: Row) -> Example:
+    row = named_by_letter(row) or row
     question, answer = _text(row["question"], "question"), some_text(row["answer"], "answer")
     return {**_question_and_answer(question, answer), **_options(row)}
 
