@@ -135,6 +135,35 @@ def test_a_label_or_an_image_that_is_called_as_a_split_makes_none(tmp_path: Path
     assert len(load_images(str(folder), split="test").dataset) == 6
 
 
+def test_labels_that_are_links_count_and_what_is_no_image_is_told(tmp_path: Path) -> None:
+    save_folder(tmp_path / "elsewhere")
+    folder = save_folder(tmp_path / "pictures" / "train").parent
+    save_folder(folder / "test", count=1)
+    (folder / "train" / "light green").symlink_to(tmp_path / "elsewhere" / "blue")
+    (folder / "train" / "red" / "up").symlink_to(folder)  # leads back
+    (folder / "train" / "yellow").mkdir()
+    for name in ("yellow/0.heic", "yellow/1.HEIC", "red/without", "red/.hidden"):
+        (folder / "train" / name).write_bytes(b"")
+    (folder / "test" / "red" / "a.heic").write_bytes(b"")
+    images = load_images(str(folder))
+    assert images.description == (
+        "9 images with 3 labels: blue, light green, red; files that are no images known here are left out (.heic: 2, "
+        "no ending: 1), all of yellow"
+    )
+    assert load_images(str(folder), split="test").description.endswith("(.heic: 1)")
+    (tmp_path / "links").mkdir()
+    for label in COLOURS:
+        (tmp_path / "links" / label).symlink_to(tmp_path / "elsewhere" / label)
+    assert load_images(str(tmp_path / "links")).description == "6 images with 2 labels: blue, red"
+
+
+def test_a_space_beside_a_label_is_no_part_of_it(tmp_path: Path) -> None:
+    for number in range(4):
+        Image.new("RGB", (5, 4)).save(tmp_path / f"{number}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog \n2.png, cat\n3.png,dog\n")
+    assert load_images(str(tmp_path)).description == "4 images with 2 labels: cat, dog"
+
+
 @pytest.mark.parametrize("has", [["train"], ["train", "validation"]])
 def test_a_folder_that_lacks_a_split_says_which_it_has(tmp_path: Path, has: list[str]) -> None:
     for name in has:

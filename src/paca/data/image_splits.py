@@ -9,9 +9,9 @@ from pathlib import Path
 from datasets.data_files import SPLIT_KEYWORDS, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from paca.data.image_files import ARCHIVES, METADATA
+
 _WORDS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".zst")
 
 
 def image_splits(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -35,10 +35,10 @@ def image_splits(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
             if split in splits.values()
         }
         return found, [part.name for part in folders if part not in splits and _holds_images(part)]
-    if any(part.suffix.lower() in _ARCHIVES for part in inside):
+    if any(part.suffix.lower() in ARCHIVES for part in inside):
         patterns = {str(split): list(each) for split, each in get_data_patterns(str(folder)).items()}
         return ({} if list(patterns.values()) == [["**"]] else patterns), []
-    if len(folders) == 1 and not any(_is_image(part) or part.name in _METADATA for part in inside):
+    if len(folders) == 1 and not any(_is_image(part) or part.name in METADATA for part in inside):
         within, beside = image_splits(folders[0])
         prefix = glob.escape(folders[0].name)
         return {split: [f"{prefix}/{each}" for each in patterns] for split, patterns in within.items()}, beside
@@ -52,7 +52,7 @@ def _split_of(name: str) -> str | None:
 
 def _holds_a_set(folder: Path) -> bool:
     """Not just images, as the folder of a label does."""
-    return any(part.is_dir() or part.name in _METADATA for part in folder.iterdir() if part.name[0] != ".")
+    return any(part.is_dir() or part.name in METADATA for part in folder.iterdir() if part.name[0] != ".")
 
 
 def _is_image(path: Path) -> bool:

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from paca.data.conversion import ORIGIN
 from paca.data.evenly import spread_evenly
 from paca.data.examples import Examples
+from paca.data.image_files import with_links
 from paca.data.image_splits import image_splits
 from paca.data.label_column import columns_of, with_class_labels
 from paca.data.sources import load_from_hub
@@ -43,10 +44,10 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
         PacaError: The source does not exist, holds no images, or says no label with each.
     """
     path = Path(source).expanduser()
-    beside: list[str] = []
+    left_out: list[str] = []
     with without_progress_bars(datasets):
         if path.is_dir():
-            dataset, beside = _from_folder(path, split)
+            dataset, left_out = _from_folder(path, split)
         elif path.is_file():
             dataset = _from_file(path)
         elif (found := load_from_hub(source, split)) is not None:
@@ -64,9 +65,7 @@ def load_images(source: str, *, split: str = "train", limit: int | None = None, 
     names = dataset.features["label"].names
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     description = f"{len(dataset):,} images with {len(names)} labels: {shown}"
-    if beside:
-        description += f"; images in {', '.join(beside)} are in no split, and left out"
-    return Examples(dataset, "images", source, description)
+    return Examples(dataset, "images", source, "; ".join([description, *left_out]))
 
 
 def open_image(row: Mapping[str, Any]) -> Image.Image:
@@ -138,7 +137,7 @@ def _unreadable(row: Mapping[str, Any], error: Exception) -> PacaError:
 
 
 def _from_folder(folder: Path, split: str) -> tuple[datasets.Dataset, list[str]]:
-    """Its split, and the names of folders beside the splits."""
+    """Its split, and in words what is left out of it."""
     where, asked = str(folder.resolve()), re.split(r"\W", split)[0]  # `test`, of `test[:100]`
     try:
         splits, beside = image_splits(Path(where))
@@ -146,12 +145,17 @@ def _from_folder(folder: Path, split: str) -> tuple[datasets.Dataset, list[str]]
         if not splits:
             splits, known, split = {"train": ["**"]}, [asked], "train" + split[len(asked) :]
         if asked in known:
+            left_out = [f"images in {', '.join(beside)} are in no split, and left out"] if beside else []
+            for name, patterns in splits.items():
+                splits[name], others = with_links(Path(where), patterns)
+                if others and (asked in (name, "all") or known == [asked]):
+                    left_out.append(others)
             # Without `drop_labels`, folders of which only some split has several labels would lose them.
             found = datasets.load_dataset(
                 "imagefolder", data_dir=where, data_files=splits, split=split, drop_labels=False
             )
             _check_all_in_folders(found)
-            return found, beside
+            return found, left_out
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         generating = isinstance(error, datasets.exceptions.DatasetGenerationError)  # which says no more than that
         said = str(error.__cause__ if generating and error.__cause__ else error).strip()

@@ -39,7 +39,7 @@ def with_class_labels(dataset: datasets.Dataset, source: str, named: str | None)
             f"The column {column!r} of {source} holds {_kind(feature)}; expected class labels, names or whole numbers. "
             f"{columns_of(dataset.features)} Correct it, or name another one with data.label."
         )
-    texts = [str(value) for value in values]
+    texts = [str(value).strip() for value in values]  # a space after a comma of a CSV file is no class
     names = label_names(texts)
     numbers = {name: number for number, name in enumerate(names)}
     found = dataset.remove_columns(column)
@@ -83,6 +83,7 @@ def _can_be_label(feature: object) -> bool:
 
 
 def _is_none(value: object, feature: object) -> bool:
+    value = value.strip() if isinstance(value, str) else value
     return value in (None, "") or (value == -1 and isinstance(feature, datasets.ClassLabel))
 
 
