@@ -135,6 +135,9 @@ HUB = {
             "original_question": f"What is {number} and 1?",
             "response": f"It is one more.\n#### {number + 1}\nThe answer is: {number + 1}",
         },
+        useless=lambda: [
+            {"type": "MATH_AnsAug", "query": LONG, "original_question": LONG, "response": "The answer is: 1"},
+        ],
     ),
     "openai/gsm8k": Hub(
         ("train", "test"),
