@@ -6,8 +6,10 @@ import copy
 import pickle
 import shutil
 
+import peft
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -252,6 +254,52 @@ def test_parameters_that_are_replaced_and_scales_set_by_hand_are_seen_by_a_compi
     torch.testing.assert_close(y, model(x))
     model.base_model.model.lin1.scaling["default"] *= 3
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@torch.no_grad()
+def _halved(model):
+    for layer in paca_layers(model):
+        layer.paca_delta["default"].mul_(0.5)
+
+
+def _replaced(model):
+    for layer in paca_layers(model):
+        layer.paca_delta["default"].data = layer.paca_delta["default"].data * 0.5
+
+
+def _scaled(model):
+    for layer in paca_layers(model):
+        layer.scaling["default"] *= 0.5
+
+
+@pytest.mark.parametrize("change", [_halved, _replaced, _scaled])
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_changes_by_hand_are_seen_by_a_compiled_base_of_a_class_of_torchs_own(change, fullgraph, copied):
+    """The compiler traces such a class with its hooks: nothing was seen, and a loop by hand trained nothing."""
+    base, x = nn.Sequential(nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 3)), torch.randn(4, 7)
+    config = paca.PacaConfig(r=4, target_modules=["0", "2"], init_weights=False)
+    model = peft.get_peft_model(base, config)
+    compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=fullgraph)
+    if copied:
+        compiled = copy.deepcopy(compiled)
+        model = compiled._orig_mod
+    before = compiled(x).detach()
+    change(model)
+    got = [compiled(x), compiled(x)]
+    want = copy.deepcopy(model)(x)
+    assert not torch.allclose(want, before)
+    torch.testing.assert_close(got, [want, want])
+
+
+def test_a_compiled_base_of_a_class_of_torchs_own_runs_on_without_adapters():
+    base, x = nn.Sequential(nn.Linear(7, 6), nn.GELU(), nn.Linear(6, 3)), torch.randn(4, 7)
+    want = base(x)
+    model = peft.get_peft_model(base, paca.PacaConfig(r=4, target_modules=["0", "2"], init_weights=False))
+    compiled = torch.compile(model.get_base_model(), backend="aot_eager")
+    assert not torch.allclose(compiled(x), want)
+    model.unload()
+    torch.testing.assert_close(compiled(x), want)
 
 
 def test_a_frozen_adapter_keeps_nothing_in_a_compiled_model():

@@ -83,6 +83,8 @@ def find_blocks(model: nn.Module) -> RepeatedBlocks | None:
 def copy_with_blocks(model: Model, blocks: RepeatedBlocks | None, chosen: tuple[int, ...]) -> Model:
     """A copy of `model`, a model without PEFT's wrapper, that has only the `chosen` of its blocks (all if None)."""
     with ExitStack() as undo:
+        if entry.entry_of(model) is not None:
+            undo.callback(entry.install, model)  # once its hooks are back: `remove` has it forget its layers
         for hooks in (model._forward_pre_hooks, model._forward_hooks, model._forward_hooks_always_called):
             undo.enter_context(patch.dict(hooks))
         entry.remove(model)  # it lists all adapted layers, which would be copied along

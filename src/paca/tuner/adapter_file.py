@@ -19,12 +19,10 @@ _READER = getattr(inspect.unwrap(vars(PeftModel)["from_pretrained"]), "__code__"
 
 def folder_being_read() -> Path | None:
     """What `PeftModel.from_pretrained` reads just now, if it is at work: with `config=` nothing else says so."""
-    frame = sys._getframe(1)
-    while frame.f_code is not _READER:
-        if frame.f_back is None:
-            return None
+    frame = sys._getframe().f_back
+    while frame is not None and frame.f_code is not _READER:
         frame = frame.f_back
-    return Path(frame.f_locals["model_id"], frame.f_locals["kwargs"].get("subfolder") or "")
+    return None if frame is None else Path(frame.f_locals["model_id"], frame.f_locals["kwargs"].get("subfolder") or "")
 
 
 def shapes_in(folder: Path, most: int = 100_000) -> dict[str, torch.Size] | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import OptimizedModule, skip_code
+from torch._dynamo.trace_rules import check as hooks_are_traced
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from paca.columns.entry import SEEN_HERE, Entry
@@ -50,10 +51,8 @@ class ModelEntry(Entry):
         """Write what is stale, and find what no version counter shows. Reads only, if there is nothing."""
         if Running.batches:
             end_left_over()
-        if self.sharded:
-            sharded = [layer for layer in self.layers if not layer.base_layer.columns.whole]
-            for layer in sharded[:1]:
-                layer.base_layer.columns.entered(model, sharded)
+        if sharded := self.sharded and [layer for layer in self.layers if not layer.base_layer.columns.whole]:
+            sharded[0].base_layer.columns.entered(model, sharded)
         with WRITING:  # steps and writes of other threads wait
             if others_step(self.layers):  # a layer whose weight is parked waits for its end
                 return
@@ -91,12 +90,12 @@ class ModelEntry(Entry):
             del THREAD.passes[-1:]  # there may be none any more: a signal's handler ran the model
 
     def enter_compiled(self, holder: nn.Module, args: Any) -> None:
-        """The forward pre-hook of the `PeftModel`: where that is what was compiled, its hooks run outside of the graph,
-        and those of the model within can't."""
+        """The forward pre-hook of the `PeftModel`, and of what `torch.compile` makes of a class of torch's own: it runs
+        outside of the graph there, where those of the model within can't."""
         if torch.compiler.is_compiling():
             if self.unwritten:
                 self.look(holder)
-        elif torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+        elif isinstance(holder, OptimizedModule) or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             self.look(holder)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -111,19 +110,19 @@ for hook in (ModelEntry.enter, ModelEntry.leave, ModelEntry.enter_compiled):
 
 def install(model: nn.Module) -> None:
     """Let `model`, which has adapted layers, look when it is entered."""
-    if (entry := entry_of(model)) is None:
-        entry = ModelEntry(paca_layers(model))
-        model.register_forward_pre_hook(entry.enter, prepend=True)
-        model.register_forward_hook(entry.leave, always_call=True)
-    else:
+    if (entry := entry_of(model)) is not None:
         entry.take(paca_layers(model))
+        return
+    entry = ModelEntry(paca_layers(model))
+    model.register_forward_pre_hook(entry.enter, prepend=True)
+    model.register_forward_hook(entry.leave, always_call=True)
 
 
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), ModelEntry)]:
-            del hooks[key]
+            hooks.pop(key).__self__.take([])  # type: ignore[attr-defined]  # a compiled holder may look on
             model._forward_hooks_always_called.pop(key, None)
 
 
@@ -141,17 +140,20 @@ def install_in_holder(tuner: nn.Module, model: nn.Module, refuse: Any) -> None:
     waiting = weakref.ref(tuner, lambda _: handle.remove())
 
 
-def _taken_out(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Release a base layer that others put into its adapted layer's place by hand (diffusers' unload_lora_weights)."""
+def _registered(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Release a base layer that others put into its adapted layer's place by hand (diffusers' unload_lora_weights).
+    Of a class of torch's own `torch.compile` traces the hooks too: there its wrapper looks, outside of the graph."""
     layer = parent._modules.get(name)
     if isinstance(layer, PacaLayer) and layer.base_layer is module and hasattr(module, "columns"):
         entry = module.columns.entry
         module.release()
         if entry is not None:
             entry.take([other for other in (*entry.layers, *entry.others) if other is not layer])
+    elif isinstance(parent, OptimizedModule) and hooks_are_traced(module.forward) and (entry := entry_of(module)):
+        parent.register_forward_pre_hook(entry.enter_compiled)
 
 
-register_module_module_registration_hook(_taken_out)
+register_module_module_registration_hook(_registered)
 
 
 def entry_of(model: nn.Module) -> ModelEntry | None:
