@@ -18,6 +18,7 @@ from paca.data.choices import (
 )
 from paca.data.message_trees import FLAT_COLUMNS, OF_USE, TREE_COLUMNS, answered_trees, best_path, trees_of_messages
 from paca.data.rows import Row
+from paca.data.tool_calls import with_arguments
 from paca.messages.errors import NothingToLearn, PacaError
 from paca.messages.nearest import did_you_mean
 
@@ -183,39 +184,9 @@ def _messages(value: object, name: str) -> list[Message]:
         message["content"] = _text(_joined(message["content"]), f"{name}[{index}].content")
         if calls := message.pop("tool_calls", None):
             listed = _list_of_objects(calls, f"{name}[{index}].tool_calls", "call")
-            message["tool_calls"] = [_with_arguments(call) for call in listed]
+            message["tool_calls"] = [with_arguments(call) for call in listed]
         messages.append(message)
     return messages
-
-
-def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A call of a tool with its arguments as an object, as templates read them: in OpenAI's interface they are text."""
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_arguments(call["function"])}
-    try:
-        arguments = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-    except json.JSONDecodeError:
-        return call
-    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
-
-
-def with_text_arguments(messages: list[Message]) -> list[Message] | None:
-    """The messages with the arguments of calls as JSON text, as some templates want them; None if they call nothing."""
-
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(call.get("function"), dict):
-            return {**call, "function": as_text(call["function"])}
-        arguments = call.get("arguments")
-        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
-
-    if not any(message.get("tool_calls") for message in messages):
-        return None
-    return [
-        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if message.get("tool_calls")
-        else message
-        for message in messages
-    ]
 
 
 def _joined(content: object) -> object:
@@ -283,10 +254,7 @@ FORMATS = {
     for form in (
         Format("messages", ("messages", "tools"), ("tools",), _from_messages),
         Format(
-            "prompt-completion",
-            ("prompt", "completion", "tools", OPTIONS),
-            ("tools", OPTIONS),
-            _from_prompt_completion,
+            "prompt-completion", ("prompt", "completion", "tools", OPTIONS), ("tools", OPTIONS), _from_prompt_completion
         ),
         Format("alpaca", ("instruction", "input", "output"), ("input",), _from_alpaca),
         Format("sharegpt", ("conversations", "system", "tools"), ("system", "tools"), _from_sharegpt),

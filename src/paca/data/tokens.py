@@ -14,7 +14,8 @@ from trl import get_training_chat_template
 
 from paca.data.conversion import ORIGIN, RENDERED
 from paca.data.examples import Examples
-from paca.data.formats import Example, Message, same_start, with_text_arguments
+from paca.data.formats import Example, Message, same_start
+from paca.data.tool_calls import with_text_arguments
 from paca.messages.errors import PacaError
 from paca.pretrained.ends_of_texts import ends_texts
 
