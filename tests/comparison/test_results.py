@@ -395,6 +395,14 @@ def test_what_else_differs_is_named() -> None:
     assert unlike(rows[:1]) == []
 
 
+def test_products_in_another_precision_are_named_and_unknown_ones_not() -> None:
+    rows = [row("paca", 0, 1.0), row("paca", 1, 1.0), row("lora", 0, 1.0)]
+    rows[0]["run_info"]["contents"] = {"products": "float32"}
+    assert unlike(rows) == []
+    rows[2]["run_info"]["contents"] = {"products": "bfloat16"}
+    assert unlike(rows) == ["precision of products"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [

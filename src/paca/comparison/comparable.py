@@ -8,6 +8,7 @@ from typing import Any
 
 from paca.comparison.methods import JUDGING, LOSS_SCOPE
 from paca.comparison.rows import Row
+from paca.training.folder.same_run import PRODUCTS
 
 _JUDGED_BY = (
     "metric", "eval_examples", "model.name", "data.eval", "data.eval_split", "data.heldout_seed", "eval.limit",
@@ -124,6 +125,8 @@ def unlike(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     sequences = {_sequences_per_step(row["run_info"]["config"].get("train", {})) for row in rows}
     batches = ["sequences in a step"] if len(sequences) > 1 else []
+    precisions = {row["run_info"].get("contents", {}).get(PRODUCTS) for row in rows} - {None}
+    batches += ["precision of products"] if len(precisions) > 1 else []
     differing = _differing(rows, tuple(named))
     if "data.train" not in differing and _has_other_content(rows, "data.train"):
         batches.append("content of the training data")
