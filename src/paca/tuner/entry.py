@@ -149,7 +149,7 @@ def _registered(parent: nn.Module, name: str, module: nn.Module) -> None:
         module.release()
         if entry is not None:
             entry.take([other for other in (*entry.layers, *entry.others) if other is not layer])
-    elif isinstance(parent, OptimizedModule) and hooks_are_traced(module.forward) and (entry := entry_of(module)):
+    elif isinstance(parent, OptimizedModule) and (entry := entry_of(module)) and hooks_are_traced(type(module).forward):
         parent.register_forward_pre_hook(entry.enter_compiled)
 
 
