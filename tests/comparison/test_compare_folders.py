@@ -67,6 +67,22 @@ def test_a_comparison_that_was_stopped_stands_for_its_finished_runs(tmp_path: Pa
         compare_folders([stopped], tmp_path / "report")
 
 
+def test_the_best_rate_so_far_of_the_first_method_leads_the_page_of_a_stopped_comparison(tmp_path: Path) -> None:
+    """Whichever rate had ended first did, and all else was measured against it."""
+    (stopped := tmp_path / "stopped").mkdir()
+    (stopped / "settings.json").write_text("{}")
+    rows = []
+    for method, score in (("paca", 6), ("paca", 4), ("paca", 5), ("lora", 3)):
+        folder = run(stopped / "runs" / f"{method}-lr{score}-seed0", score)
+        row = row_of(RunFolder(folder), method)
+        assert row is not None
+        rows.append({**row, "name": folder.name})
+    (stopped / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare_folders([stopped], tmp_path / "report")
+    names = [method.rows[0]["name"] for method in found.methods]
+    assert names == ["paca-lr4-seed0", "paca-lr6-seed0", "paca-lr5-seed0", "lora-lr3-seed0"]
+
+
 @pytest.mark.parametrize(
     ("file", "told"),
     [("settings.json", "holds a comparison that trains its runs"), ("summary.json", "folder of a run")],

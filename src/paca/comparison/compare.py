@@ -76,7 +76,10 @@ def _runs_of(path: Path) -> list[Path]:
     if not (path / "settings.json").is_file() or not (path / "runs").is_dir():
         return [path]
     kept = KeptRows(path / ROWS).others([])  # in the order in which they ended: the first method's come first
-    runs = [run for row in kept if RunFolder(run := path / "runs" / row["name"]).finished()]
+    kept = [row for row in kept if RunFolder(path / "runs" / row["name"]).finished()]
+    scored = [row for row in kept if row["method"] == kept[0]["method"] and row["score"] is not None]
+    best = min(scored, key=lambda row: row["score"] if row["lower_is_better"] else -row["score"], default=None)
+    runs = [path / "runs" / row["name"] for row in sorted(kept, key=lambda row: row is not best)]  # it leads the page
     if not runs:
         raise PacaError(f"{path} holds a comparison of which no run is finished yet. Go on with it, or wait.")
     return runs
