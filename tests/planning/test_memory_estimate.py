@@ -11,12 +11,14 @@ from architectures import config
 from transformers import AutoModelForCausalLM
 
 import paca
+from paca.layers import paca_layers
 from paca.planning import MemoryEstimate, Setting, estimate
 from paca.planning.compiled_products import PROGRAM_BYTES
 from paca.planning.memory_estimate import FRAMEWORK, PROGRAMS, prepare_model, trace_step
 from paca.planning.repeated_blocks import copy_with_blocks, find_blocks
 from paca.planning.setting import Answering
 from paca.planning.simulated_step import simulate
+from paca.tuner.entry import entry_of
 
 PACA = paca.PacaConfig(r=8)
 
@@ -60,6 +62,17 @@ def test_a_few_blocks_tell_what_the_whole_model_takes(
     assert few.flops == whole.flops
     peak, whole_peak = (max(sum(p.values()) for p in trace.peaks.values()) for trace in (few, whole))
     assert peak == pytest.approx(whole_peak, rel=0.001)
+
+
+def test_a_model_that_was_copied_still_looks_after_its_layers() -> None:
+    root = prepare_model(config("llama", num_hidden_layers=2, dtype=torch.float32), PACA).get_base_model()
+    copied = copy_with_blocks(root, find_blocks(root), (0,))
+    layers, few = paca_layers(root), paca_layers(copied)
+    assert 0 < len(few) < len(layers)
+    for model, own in ((root, layers), (copied, few)):
+        entry = entry_of(model)
+        assert {id(layer) for layer in (*entry.layers, *entry.others)} == {id(layer) for layer in own}
+        assert all(layer.base_layer.columns.entry is entry for layer in own)
 
 
 @pytest.mark.slow(reason="simulates models over and over")
